@@ -1,0 +1,95 @@
+"""Every error that a user can cause, one class per thing a caller would do about it.
+
+`message` says what was expected, what was found and where; `hint` is the next command or setting to try.
+The command line shows both in one line and exits with 1. Anything else that is raised is a bug and stays a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KdstoreError(Exception):
+    """Root of all errors a user can cause; `message` and `hint` are finished sentences."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class ConfigError(KdstoreError, ValueError):
+    """A recipe or an option is wrong: correct it and run again."""
+
+
+class UnknownName(ConfigError):
+    """A name that no registry holds: pick one of those listed."""
+
+    @classmethod
+    def of(cls, what: str, name: str, known: Iterable[str], hint: str = "") -> UnknownName:
+        """Build the error for `name`, with the nearest of the known names (all of them when few)."""
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+        if near:
+            said = f"Did you mean {' or '.join(near)}?"
+        elif len(names) <= 24:
+            said = f"Known: {', '.join(names)}."
+        else:
+            said = ""
+        return cls(f"Unknown {what} '{name}'.", f"{said} {hint}".strip())
+
+
+class SourceError(KdstoreError, ValueError):
+    """The data cannot be read as (key, image, captions): name another source or column."""
+
+
+class ModelError(KdstoreError, ValueError):
+    """A model cannot be built as asked: other tag, other weights or other activation."""
+
+
+class StoreError(KdstoreError):
+    """Something is wrong with a feature store."""
+
+
+class StoreNotFound(StoreError, FileNotFoundError):
+    """There is no store at this path."""
+
+
+class IncompleteStore(StoreError):
+    """The store has no manifest: its extraction has not ended; run it again to resume."""
+
+
+class DamagedStore(StoreError):
+    """Bytes of the store are not those that were written: restore or extract the named files again."""
+
+
+class IdentityMismatch(StoreError, ValueError):
+    """The store at this path holds other features: choose another path."""
+
+
+class StoreLocked(StoreError):
+    """Another process is writing this store: wait for it."""
+
+
+class MissingFeature(StoreError, ValueError):
+    """A stage needs an array that the store does not hold: extract it, or ask for less."""
+
+
+class JoinError(StoreError, ValueError):
+    """Store and source do not describe the same data."""
+
+
+class DiskFull(KdstoreError, OSError):
+    """The disk is full or the file size is limited: free space and run again."""
+
+
+class RunError(KdstoreError, ValueError):
+    """A run folder cannot be created, resumed or read."""
+
+
+class EvaluationError(KdstoreError, ValueError):
+    """Predictions, questions or answers do not fit together."""

@@ -1,0 +1,80 @@
+"""JSON files that prove themselves: canonical bytes, a digest inside, atomic writes.
+
+Canonical means sorted keys, no spaces, UTF-8, no NaN. The digest of a file is the sha256 of its canonical content without the
+`digest` field, so that a flipped bit in any of our JSON files is found when it is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kdstore.errors import DamagedStore, DiskFull, KdstoreError
+
+
+def canonical_json(value: Any) -> bytes:
+    """Encode a JSON value in the one form that digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """Return `sha256:<hex>` of a JSON value's canonical form."""
+    return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` so that a crash leaves the old or the new file: temp, fsync, rename, fsync of the folder."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temp, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temp, path)
+    except OSError as e:
+        temp.unlink(missing_ok=True)
+        raise disk_error(e, path) from e
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def disk_error(error: OSError, path: Path) -> OSError:
+    """Turn an out-of-space error into ours; any other comes back as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFull(f"No space left to write {path} ({error.strerror}).", "Free space there or choose another path, then run the same command again.")
+    return error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> str:
+    """Write a JSON object with its digest inside, atomically; returns the digest."""
+    body = {k: v for k, v in content.items() if k != "digest"}
+    digest = digest_of(body)
+    write_bytes(path, json.dumps({**body, "digest": digest}, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    return digest
+
+
+def read_json(path: Path, error: type[KdstoreError] = DamagedStore) -> dict[str, Any]:
+    """Read a JSON object written by `write_json`; raises `error` if it is not what was written."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        found = content.pop("digest", None)
+        expected = digest_of(content)
+    except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+        raise error(f"{path} is not JSON as kdstore writes it ({e}).", "Restore the file from its origin.") from e
+    if found != expected:
+        raise error(f"{path} does not match the digest inside it: expected {found}, found {expected}.", "Restore the file from its origin.")
+    return {**content, "digest": expected}
