@@ -1,0 +1,409 @@
+"""Every loss against NumPy in float64, written from the formulas alone: values, and gradients by central differences."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdstore.distill.losses import LOSSES, Features, Recipe, Term, crd, feature_weight, needs_of, parse_loss, teacher_ce
+from kdstore.distill.losses import icl as literal_icl
+from kdstore.distill.losses import icl_exp
+from kdstore.distill.objective import Objective, positives
+from kdstore.errors import ConfigError, UnknownName
+
+Array = np.ndarray
+TEACHER_SCALE, STUDENT_SCALE = 37.0, 11.0
+WIDTHS = [(6, 6), (6, 9), (9, 5)]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What the loss of one batch depends on; `W_*`, `b_*` are None where there is no projector."""
+
+    image: Array
+    text: Array
+    scale: float
+    teacher_image: Array
+    teacher_text: Array
+    target: Array
+    c: float
+    W_image: Array | None = None
+    b_image: Array | None = None
+    W_text: Array | None = None
+    b_text: Array | None = None
+
+
+def unit(x: Array) -> Array:
+    return x / np.sqrt((x**2).sum(axis=1, keepdims=True))
+
+
+def softmax(z: Array) -> Array:
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def ce(p: Array, z: Array) -> float:
+    return float(-(p * np.log(softmax(z))).sum(axis=1).mean())
+
+
+def kl(p: Array, q: Array) -> float:
+    return float((p * np.log(p / q)).sum(axis=1).mean())
+
+
+def student_logits(x: Inputs, scale: float | None = None) -> Array:
+    return (x.scale if scale is None else scale) * unit(x.image) @ unit(x.text).T
+
+
+def teacher_logits(x: Inputs, scale: float = TEACHER_SCALE) -> Array:
+    return scale * unit(x.teacher_image) @ unit(x.teacher_text).T
+
+
+def projected(x: Inputs) -> tuple[Array, Array]:
+    image = x.image if x.W_image is None else x.image @ x.W_image.T + x.b_image
+    text = x.text if x.W_text is None else x.text @ x.W_text.T + x.b_text
+    return unit(image), unit(text)
+
+
+def ref_clip(x: Inputs) -> float:
+    z = student_logits(x)
+    return (ce(x.target, z) + ce(x.target, z.T)) / 2
+
+
+def ref_crd(x: Inputs) -> float:
+    zs, zt = student_logits(x), teacher_logits(x)
+    return (kl(softmax(zt), softmax(zs)) + kl(softmax(zt.T), softmax(zs.T))) / 2
+
+
+def ref_interactive(x: Inputs, c: float) -> float:
+    image, text = projected(x)
+    return (ce(x.target, c * image @ unit(x.teacher_text).T) + ce(x.target, c * text @ unit(x.teacher_image).T)) / 2
+
+
+def ref_fd(x: Inputs) -> float:
+    image, text = projected(x)
+    return float(((image - unit(x.teacher_image)) ** 2).mean() + ((text - unit(x.teacher_text)) ** 2).mean())
+
+
+def ref_fd_cos(x: Inputs) -> float:
+    return ref_fd(x) * x.teacher_image.shape[1] / 2
+
+
+def ref_soft(x: Inputs, student_scale: float, teacher_scale: float) -> float:
+    zs, zt = student_logits(x, student_scale), teacher_logits(x, teacher_scale)
+    return (ce(softmax(zt), zs) + ce(softmax(zt.T), zs.T)) / 2
+
+
+REFERENCE: dict[str, Callable[[Inputs], float]] = {
+    "clip": ref_clip,
+    "crd": ref_crd,
+    "icl": lambda x: ref_interactive(x, x.c),
+    "icl-exp": lambda x: ref_interactive(x, float(np.exp(x.c))),
+    "fd": ref_fd,
+    "fd-cos": ref_fd_cos,
+    "affinity": lambda x: ref_soft(x, 50.0, 50.0),
+    "teacher-ce": lambda x: ref_soft(x, x.scale, TEACHER_SCALE),
+    "none": ref_clip,
+    "clip-kd": lambda x: ref_clip(x) + ref_crd(x) + ref_interactive(x, x.c) + 2000 * ref_fd(x),
+    "clip-kd-free": lambda x: ref_clip(x) + ref_crd(x) + ref_interactive(x, x.c) + 4000 / 512 * ref_fd_cos(x),
+    "soft-ce": lambda x: ref_clip(x) + ref_soft(x, x.scale, TEACHER_SCALE),
+}
+
+needs_teacher = [name for name in LOSSES if needs_of(parse_loss(name))]
+
+
+def build(name: str, student_dim: int, teacher_dim: int, *, ids: list[int], projector: str = "auto", seed: int = 0) -> tuple[Objective, Inputs]:
+    """A float64 objective and the same inputs for NumPy; no row has norm 1."""
+    rng = np.random.default_rng(seed)
+    B = len(ids)
+    objective = Objective(name, student_dim=student_dim, teacher_dim=teacher_dim, teacher_scale=TEACHER_SCALE, projector=projector, seed=seed).double()
+    weights = {n: p.detach().numpy() for n, p in objective.named_parameters()}
+    same = np.equal.outer(ids, ids).astype(float)
+    return objective, Inputs(
+        image=rng.normal(size=(B, student_dim)) * 3,
+        text=rng.normal(size=(B, student_dim)) * 0.5,
+        scale=STUDENT_SCALE,
+        teacher_image=rng.normal(size=(B, teacher_dim)) * 7,
+        teacher_text=rng.normal(size=(B, teacher_dim)) * 2,
+        target=same / same.sum(axis=1, keepdims=True),
+        c=float(weights.get("cross_scale", np.log(1 / 0.07))),
+        W_image=weights.get("image_projector.weight"),
+        b_image=weights.get("image_projector.bias"),
+        W_text=weights.get("text_projector.weight"),
+        b_text=weights.get("text_projector.bias"),
+    )
+
+
+def evaluate(objective: Objective, x: Inputs, ids: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss, and the leaves that gradients are taken of, named as in Inputs."""
+    leaves = {n: torch.tensor(getattr(x, n), dtype=torch.float64, requires_grad=True) for n in ("image", "text", "scale", "teacher_image", "teacher_text")}
+    target = positives(torch.tensor(ids)).double()
+    loss, _ = objective(leaves["image"], leaves["text"], leaves["scale"], target, leaves["teacher_image"], leaves["teacher_text"])
+    return loss, leaves
+
+
+def test_every_loss_has_an_independent_reference() -> None:
+    assert set(REFERENCE) == set(LOSSES)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 1]], ids=["unique captions", "equal captions"])
+@pytest.mark.parametrize("projector", ["auto", "always"])
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradients_are_those_of_the_formula(name: str, widths: tuple[int, int], projector: str, ids: list[int]) -> None:
+    objective, x = build(name, *widths, ids=ids, projector=projector)
+    loss, leaves = evaluate(objective, x, ids)
+    reference = REFERENCE[name]
+    assert loss.item() == pytest.approx(reference(x), rel=1e-6)  # positives are built in float32
+    loss.backward()
+
+    gradients = {n: leaf.grad for n, leaf in leaves.items() if not n.startswith("teacher")}
+    names = {"image_projector.weight": "W_image", "image_projector.bias": "b_image", "text_projector.weight": "W_text", "text_projector.bias": "b_text"}
+    gradients |= {names.get(n, "c"): p.grad for n, p in objective.named_parameters()}
+    for field, gradient in gradients.items():
+        expected = central_differences(reference, x, field)
+        found = np.zeros_like(expected) if gradient is None else gradient.numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6 * max(1.0, abs(reference(x))), err_msg=field)
+
+
+def central_differences(f: Callable[[Inputs], float], x: Inputs, field: str, step: float = 1e-5) -> Array:
+    start = np.array(getattr(x, field), dtype=float)
+    gradient = np.zeros_like(start)
+    for i in np.ndindex(start.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = start.copy()
+            moved[i] += sign * step
+            ends.append(f(dataclasses.replace(x, **{field: moved if moved.ndim else float(moved)})))
+        gradient[i] = (ends[0] - ends[1]) / (2 * step)
+    return gradient
+
+
+# Contracts: what holds for every entry
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_is_a_finite_scalar_and_its_gradient_reaches_both_towers_and_never_the_teacher(name: str) -> None:
+    objective, x = build(name, 6, 9, ids=[0, 1, 2, 3])
+    loss, leaves = evaluate(objective, x, [0, 1, 2, 3])
+    assert loss.shape == () and torch.isfinite(loss)
+    loss.backward()
+    for tower in ("image", "text"):
+        gradient = leaves[tower].grad
+        assert gradient is not None and gradient.abs().sum() > 0
+    assert leaves["teacher_image"].grad is None and leaves["teacher_text"].grad is None
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_does_not_depend_on_the_order_of_the_batch(name: str) -> None:
+    ids = [0, 1, 0, 2, 3, 1]
+    objective, x = build(name, 6, 9, ids=ids)
+    order = np.random.default_rng(1).permutation(len(ids))
+    y = dataclasses.replace(x, image=x.image[order], text=x.text[order], teacher_image=x.teacher_image[order], teacher_text=x.teacher_text[order])
+    assert evaluate(objective, y, [ids[i] for i in order])[0].item() == pytest.approx(evaluate(objective, x, ids)[0].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", needs_teacher)
+def test_loss_does_not_depend_on_the_norm_of_the_teachers_rows(name: str) -> None:
+    objective, x = build(name, 6, 9, ids=[0, 1, 2, 3])
+    y = dataclasses.replace(x, teacher_image=unit(x.teacher_image), teacher_text=10 * x.teacher_text)
+    assert evaluate(objective, y, [0, 1, 2, 3])[0].item() == pytest.approx(evaluate(objective, x, [0, 1, 2, 3])[0].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_embeddings_give_the_float32_loss(name: str) -> None:
+    objective, x = build(name, 6, 9, ids=[0, 1, 2, 3])
+    objective.float()
+    halves = [torch.tensor(a, dtype=torch.float16) for a in (x.image, x.text, x.teacher_image, x.teacher_text)]
+    target, scale = positives(torch.arange(4)), torch.tensor(x.scale)
+    low, _ = objective(halves[0], halves[1], scale, target, halves[2], halves[3])
+    high, _ = objective(halves[0].float(), halves[1].float(), scale, target, halves[2].float(), halves[3].float())
+    assert low.dtype == torch.float32 and low == high
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_a_summary_and_a_heading_in_the_docs(name: str) -> None:
+    assert LOSSES[name].summary
+    docs = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    assert re.search(rf"^##+ `{re.escape(name)}`", docs, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_after_one_step_every_parameter_of_the_loss_has_changed(name: str, widths: tuple[int, int]) -> None:
+    objective, x = build(name, *widths, ids=[0, 1, 2, 3])
+    before = {n: p.detach().clone() for n, p in objective.named_parameters()}
+    if not before:
+        return
+    optimiser = torch.optim.AdamW(objective.parameters(), lr=1e-2, weight_decay=0.0)
+    evaluate(objective, x, [0, 1, 2, 3])[0].backward()
+    optimiser.step()
+    for n, p in objective.named_parameters():
+        assert (p != before[n]).all(), n
+
+
+# The defects of published code that these losses could share
+
+
+def features(student_logits: list[list[float]], teacher_logits: list[list[float]]) -> Features:
+    """Features whose logits are these 2x2 matrices (texts are the unit vectors), for value tests by hand."""
+    eye = torch.eye(2, dtype=torch.float64)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    return Features(torch.tensor(student_logits, dtype=torch.float64), eye, one, eye, torch.tensor(teacher_logits, dtype=torch.float64), eye, 1.0)
+
+
+def test_crd_is_kl_of_teacher_to_student_and_not_the_other_way_round() -> None:
+    half, tenth = np.log([[0.5, 0.5], [0.5, 0.5]]), np.log([[0.9, 0.1], [0.9, 0.1]])
+    forward = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)  # KL((.5,.5), (.9,.1)) = 0.5108; the transpose of both is uniform and adds nothing
+    backward = 0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.1 / 0.5)  # 0.3681
+    assert crd(features(tenth.tolist(), half.tolist())).item() == pytest.approx(forward / 2, rel=1e-9)
+    assert crd(features(half.tolist(), tenth.tolist())).item() == pytest.approx(backward / 2, rel=1e-9)
+
+
+def test_text_to_image_targets_use_their_own_softmax() -> None:
+    logits = [[2.0, -1.0], [0.5, 0.0]]
+    z = np.array(logits)
+    value = teacher_ce(features(logits, logits)).item()
+    assert value == pytest.approx((ce(softmax(z), z) + ce(softmax(z.T), z.T)) / 2, rel=1e-9)
+    assert abs(value - (ce(softmax(z), z) + ce(softmax(z).T, z.T)) / 2) > 0.05
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+@pytest.mark.parametrize("name", ["fd", "fd-cos", "icl"])
+def test_projected_features_are_normalised_again(name: str, factor: float) -> None:
+    objective, x = build(name, 6, 9, ids=[0, 1, 2, 3])
+    before = evaluate(objective, x, [0, 1, 2, 3])[0].item()
+    with torch.no_grad():
+        for n, p in objective.named_parameters():
+            if "projector" in n:
+                p *= factor
+    assert evaluate(objective, x, [0, 1, 2, 3])[0].item() == pytest.approx(before, rel=1e-9)
+
+
+def test_literal_icl_uses_its_scale_without_exp_and_icl_exp_with_it() -> None:
+    f = dataclasses.replace(features([[0.6, 0.8], [0.8, -0.6]], [[1, 0], [0, 1]]), cross_scale=torch.tensor(2.0, dtype=torch.float64))
+    f = dataclasses.replace(f, projected_image_BD=f.image_BS, projected_text_BD=f.text_BS)
+    p = np.array([[0.6, 0.8], [0.8, -0.6]])
+    for value, c in ((literal_icl(f), 2.0), (icl_exp(f), np.exp(2.0))):
+        assert value.item() == pytest.approx((ce(np.eye(2), c * p) + ce(np.eye(2), c * np.eye(2))) / 2, rel=1e-9)
+
+
+def test_icl_scale_starts_at_the_published_value() -> None:
+    scale = Objective("icl", student_dim=4, teacher_dim=4).cross_scale
+    assert scale is not None and scale.item() == pytest.approx(2.6593, abs=1e-4)
+
+
+@pytest.mark.parametrize("width", [512, 768, 1280])
+def test_width_free_fd_equals_the_literal_weight_at_512_and_keeps_it_elsewhere(width: int) -> None:
+    ids = [0, 1, 2]
+    literal, x = build("2000*fd", width, width, ids=ids)
+    free, _ = build("7.8125*fd-cos", width, width, ids=ids)
+    ratio = evaluate(free, x, ids)[0].item() / evaluate(literal, x, ids)[0].item()
+    assert ratio == pytest.approx(width / 512, rel=1e-9)
+    assert feature_weight(parse_loss("clip-kd"), width) == pytest.approx(4000 / width)
+    assert feature_weight(parse_loss("clip-kd-free"), width) == 7.8125
+
+
+def test_crd_teacher_ce_and_affinity_have_the_same_student_gradient_at_equal_scales() -> None:
+    ids, gradients, values = [0, 1, 2, 3, 4], {}, {}
+    for name in ("crd", "teacher-ce", "affinity"):
+        objective, x = build(name, 6, 9, ids=ids)
+        objective.teacher_scale = 50.0
+        loss, leaves = evaluate(objective, dataclasses.replace(x, scale=50.0), ids)
+        loss.backward()
+        gradients[name], values[name] = leaves["image"].grad, loss.item()
+    torch.testing.assert_close(gradients["crd"], gradients["teacher-ce"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients["crd"], gradients["affinity"], rtol=1e-9, atol=1e-12)
+    zt = teacher_logits(build("crd", 6, 9, ids=ids)[1], 50.0)
+    entropy = (ce(softmax(zt), zt) + ce(softmax(zt.T), zt.T)) / 2
+    assert values["teacher-ce"] == pytest.approx(values["crd"] + entropy, rel=1e-9)
+
+
+def test_a_constant_teacher_bias_changes_no_softmax_loss() -> None:
+    plain = features([[0.3, -1.0], [2.0, 0.1]], [[1.0, 0.2], [-0.4, 3.0]])
+    biased = features([[0.3, -1.0], [2.0, 0.1]], (np.array([[1.0, 0.2], [-0.4, 3.0]]) - 12.9).tolist())
+    for loss in (crd, teacher_ce):
+        assert loss(biased).item() == pytest.approx(loss(plain).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["crd", "fd", "fd-cos"])
+def test_matching_losses_vanish_when_the_student_is_the_teacher(name: str) -> None:
+    objective, x = build(name, 6, 6, ids=[0, 1, 2])
+    twin = dataclasses.replace(x, teacher_image=x.image, teacher_text=x.text, scale=TEACHER_SCALE)
+    assert abs(evaluate(objective, twin, [0, 1, 2])[0].item()) < 1e-12
+
+
+# Projectors
+
+
+def test_projectors_exist_where_a_term_projects_and_widths_differ_or_always() -> None:
+    def projects(loss: str, student: int, teacher: int, projector: str) -> bool:
+        objective = Objective(loss, student_dim=student, teacher_dim=teacher, projector=projector)
+        return any("projector" in n for n, _ in objective.named_parameters())
+
+    assert projects("clip-kd", 6, 9, "auto") and projects("clip-kd", 6, 6, "always")
+    assert not projects("clip-kd", 6, 6, "auto")
+    assert not projects("clip + crd", 6, 9, "always"), "a projector that no term reads would never be trained"
+
+
+def test_projectors_depend_on_the_seed_alone() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        torch.rand(7)
+        return torch.cat([p.flatten() for p in Objective("clip-kd", student_dim=4, teacher_dim=5, seed=seed).parameters()])
+
+    assert torch.equal(weights(3), weights(3)) and not torch.equal(weights(3), weights(4))
+
+
+def test_equal_captions_are_positives_of_each_other_unless_literal() -> None:
+    ids = torch.tensor([7, 3, 7])
+    assert positives(ids).tolist() == [[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]]
+    assert torch.equal(positives(ids, equal_captions=False), torch.eye(3))
+
+
+# Reading a loss
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("clip", {"clip": 1}),
+        ("none", {"clip": 1}),
+        ("clip-kd", {"clip": 1, "crd": 1, "icl": 1, "fd": 2000}),
+        ("clip-kd-free", {"clip": 1, "crd": 1, "icl": 1, "fd-cos": 7.8125}),
+        ("soft-ce", {"clip": 1, "teacher-ce": 1}),
+        ("clip + 1*crd + 2000*fd", {"clip": 1, "crd": 1, "fd": 2000}),
+        (" clip+.5 * crd+2e+3 fd ", {"clip": 1, "crd": 0.5, "fd": 2000}),
+        ("0.5*soft-ce + clip", {"clip": 1.5, "teacher-ce": 0.5}),
+    ],
+)
+def test_loss_is_read_as_a_weighted_sum(text: str, weights: dict[str, float]) -> None:
+    assert parse_loss(text) == weights
+
+
+@pytest.mark.parametrize("text", ["", "clip +", "+ clip", "clip crd", "2000fd", "0*fd", "-1*fd", "clip - crd", "1e999*fd", "3", "2*3*fd", "clip, crd"])
+def test_what_is_no_weighted_sum_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="no sum of weighted names"):
+        parse_loss(text)
+
+
+def test_unknown_loss_is_refused_with_the_near_names() -> None:
+    with pytest.raises(UnknownName, match="clip-kd"):
+        parse_loss("clip-kdd")
+
+
+@given(st.dictionaries(st.sampled_from([n for n, e in LOSSES.items() if isinstance(e, Term)]), st.floats(1e-6, 1e6), min_size=1))
+def test_a_written_sum_reads_back(weights: dict[str, float]) -> None:
+    assert parse_loss(" + ".join(f"{w!r}*{n}" for n, w in weights.items())) == weights
+
+
+@pytest.mark.parametrize("name", [n for n, e in LOSSES.items() if isinstance(e, Recipe)])
+def test_a_recipe_says_its_sum(name: str) -> None:
+    entry = LOSSES[name]
+    assert isinstance(entry, Recipe) and parse_loss(entry.sum) == parse_loss(name) and entry.sum in entry.summary
