@@ -1,0 +1,478 @@
+"""The built-in world: small pictures of coloured shapes with captions, hard negatives and questions, deterministic from (split, index).
+
+What makes it informative is on purpose (docs/scenes.md has the measured gates): hues of neighbouring colour names overlap, grounds are
+textured and tinted, objects occlude each other and vary in size and turn, a third are striped or hollow, and most questions need an
+attribute bound to the right object. The generator treats all colours and all shapes alike and mirrors every relation, so that the text
+of a question says nothing about its answer.
+
+Only `random.Random.random()` and raw Philox words are drawn, the two streams that their libraries promise never to change.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import functools
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from kdstore.data.source import Caption, LoadedImage
+from kdstore.errors import SourceError, UnknownName
+
+T = TypeVar("T")
+
+IMAGE_SIZE = 64
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+HUES = {"red": 0.0, "orange": 30.0, "yellow": 56.0, "green": 115.0, "cyan": 180.0, "blue": 225.0, "purple": 272.0, "pink": 322.0}
+COLORS = tuple(HUES)
+FILLS = ("solid", "striped", "hollow")
+RADII = {"small": (5.5, 7.5), "large": (10.0, 13.0)}  # pixels
+SIZES = tuple(RADII)
+QUESTION_TYPES = ("exist", "count", "query color", "query shape", "relation", "compare")
+NUMBER_WORDS = {1: "a", 2: "two", 3: "three", 4: "four", 5: "five"}
+
+# A scene's split follows from a hash of its content, so no two splits can share a scene, nor one scene's twin.
+SPLITS = {"train": range(12), "val": range(12, 13), "test": range(13, 14), "retrieval": range(14, 16)}
+DEFAULT_SIZE = {"train": 10_000, "val": 1_000, "test": 2_000, "retrieval": 1_000}
+
+HUE_SPREAD = 0.55  # of the gap to the neighbouring name; names overlap past 0.5
+MIN_GAP = 3.0  # pixels between any two objects' centres along each axis, so that orders are defined
+RELATION_GAP = 8.0  # pixels along the axis of a stated relation
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: names of its attributes, centre and radius in pixels, hue in degrees, and the draws that vary its looks."""
+
+    shape: str
+    color: str
+    size: str
+    fill: str
+    x: float
+    y: float
+    radius: float
+    hue: float
+    saturation: float
+    value: float
+    turn: float
+
+    def named(self, *attributes: str) -> str:
+        return " ".join(getattr(self, a) for a in attributes)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture before it is drawn: objects in drawing order (later ones occlude), a seed for ground and grain, the planned count question."""
+
+    things: tuple[Thing, ...]
+    ground: int
+    counted: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question in the form of VQA: `answers` are ten dicts of answer, answer_confidence and answer_id."""
+
+    question_id: int
+    question: str
+    question_type: str
+    answer_type: str
+    answers: tuple[dict[str, str | int], ...]
+    truth: str
+
+
+class _Dice:
+    """Draws that depend on `random.Random.random()` alone."""
+
+    def __init__(self, *seed: object) -> None:
+        self._random = random.Random("/".join(map(str, seed))).random
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * self._random()
+
+    def chance(self, p: float) -> bool:
+        return self._random() < p
+
+    def index(self, n: int) -> int:
+        return int(self._random() * n)
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[self.index(len(options))]
+
+    def shuffled(self, options: Sequence[T]) -> list[T]:
+        left = list(options)
+        return [left.pop(self.index(len(left))) for _ in range(len(left))]
+
+
+def make_scene(split: str, index: int, attempt: int = 0) -> Scene:
+    """Return scene `index` of a split; other attempts are other scenes for the same index (used to keep captions unique)."""
+    if split not in SPLITS:
+        raise UnknownName.of("scenes split", split, SPLITS)
+    dice = _Dice("scenes-1", split, index, attempt)
+    while True:
+        scene = _draw_scene(dice, fewest=3 if split == "retrieval" else 2)
+        if scene is not None and _content_hash(scene) % 16 in SPLITS[split]:
+            return scene
+
+
+def _content_hash(scene: Scene) -> int:
+    """Hash what twins share: the multiset of every attribute."""
+    content = "|".join(",".join(sorted(getattr(t, a) for t in scene.things)) for a in ("shape", "color", "size", "fill"))
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
+
+
+def _draw_scene(dice: _Dice, fewest: int) -> Scene | None:
+    """Draw a scene whose planned count question has an answer that its text cannot tell; None where the objects do not fit."""
+    attribute = dice.pick(("shape", "color", "fill"))
+    options: dict[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS, "fill": FILLS, "size": SIZES}
+    counted = dice.pick(options[attribute])
+    answer = 1 + dice.index(4)
+    total = max(answer, fewest) + dice.index(6 - max(answer, fewest))
+    others = [v for v in options[attribute] if v != counted]
+    chosen = [counted] * answer + [dice.pick(others) for _ in range(total - answer)]
+    things: list[Thing] = []
+    for value in dice.shuffled(chosen):
+        names = {a: value if a == attribute else dice.pick(v) for a, v in options.items()}
+        thing = _place(dice, names, things)
+        if thing is None:
+            return None
+        things.append(thing)
+    return Scene(tuple(things), dice.index(2**32), (attribute, counted))
+
+
+def _place(dice: _Dice, names: dict[str, str], placed: list[Thing]) -> Thing | None:
+    radius = dice.uniform(*RADII[names["size"]])
+    place = _hue_neighbours(names["color"])
+    offset = dice.uniform(-HUE_SPREAD, HUE_SPREAD)
+    hue = HUES[names["color"]] + offset * (place[1] if offset > 0 else place[0])
+    looks = {"hue": hue % 360, "saturation": dice.uniform(0.6, 1.0), "value": dice.uniform(0.6, 1.0), "turn": dice.uniform(-15, 15)}
+    for _ in range(12):
+        x, y = (dice.uniform(0.9 * radius, IMAGE_SIZE - 0.9 * radius) for _ in range(2))
+        if all(
+            abs(x - t.x) >= MIN_GAP and abs(y - t.y) >= MIN_GAP and math.hypot(x - t.x, y - t.y) >= 0.75 * (radius + t.radius) for t in placed
+        ):
+            return Thing(**names, x=x, y=y, radius=radius, **looks)  # type: ignore[arg-type]
+    return None
+
+
+def _hue_neighbours(color: str) -> tuple[float, float]:
+    """Degrees from a colour name to the name before and to the name after it."""
+    i = COLORS.index(color)
+    before, after = HUES[COLORS[i - 1]], HUES[COLORS[(i + 1) % len(COLORS)]]
+    return (HUES[color] - before) % 360, (after - HUES[color]) % 360
+
+
+def twin(scene: Scene, kind: str) -> Scene | None:
+    """Return a hard negative: `mirrored` (left and right exchanged) or `swapped` (two objects exchange colours); None where that changes nothing."""
+    if kind == "mirrored":
+        return replace(scene, things=tuple(replace(t, x=IMAGE_SIZE - t.x, turn=-t.turn) for t in scene.things))
+    if kind != "swapped":
+        raise UnknownName.of("kind of twin", kind, ("mirrored", "swapped"))
+    things = scene.things
+    for i, a in enumerate(things):
+        for j, b in enumerate(things[:i]):
+            if a.color != b.color and a.shape != b.shape:
+                looks = {i: replace(a, color=b.color, hue=b.hue), j: replace(b, color=a.color, hue=a.hue)}
+                return replace(scene, things=tuple(looks.get(k, t) for k, t in enumerate(things)))
+    return None
+
+
+# Drawing
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Draw a scene as an RGB image of IMAGE_SIZE pixels a side."""
+    words = np.random.Philox(key=scene.ground).random_raw(16 + IMAGE_SIZE * IMAGE_SIZE // 8)
+    unit = (words[:16] >> np.uint64(11)).astype(np.float64) / 2**53
+    image = _ground(words, unit)
+    for thing in scene.things:
+        mask, corner = _mask(thing)
+        image.paste(_rgb(thing.hue, thing.saturation, thing.value), corner, mask)
+    grain = words[16:].view(np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE, 1).astype(np.int16) // 12 - 10  # -10 .. 11 of 255
+    return Image.fromarray(np.clip(np.asarray(image, np.int16) + grain, 0, 255).astype(np.uint8))
+
+
+def _ground(words: np.ndarray, unit: np.ndarray) -> Image.Image:
+    """Blend two tints by blurred noise with waves across it."""
+    first, second = (_rgb(360 * unit[i], 0.45 * unit[i + 1], 0.2 + 0.6 * unit[i + 2]) for i in (0, 3))
+    noise = Image.fromarray(words[:8].view(np.uint8).reshape(8, 8)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
+    waves = np.sin((x * np.cos(7 * unit[6]) + y * np.sin(7 * unit[6])) * (0.3 + unit[7])) * 60 * unit[8]
+    blend = Image.fromarray(np.clip(np.asarray(noise) + waves, 0, 255).astype(np.uint8))
+    return Image.composite(Image.new("RGB", blend.size, first), Image.new("RGB", blend.size, second), blend)
+
+
+def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue / 360, saturation, value))
+    return red, green, blue
+
+
+_FINE = 4  # masks are drawn this much larger and averaged down, for smooth edges
+
+
+def _mask(thing: Thing) -> tuple[Image.Image, tuple[int, int]]:
+    """Draw the coverage of one object; returns the mask and its corner in the image."""
+    half = math.ceil(thing.radius) + 1
+    left, top = math.floor(thing.x) - half, math.floor(thing.y) - half
+    side = 2 * half + 1
+    mask = Image.new("L", (side * _FINE, side * _FINE))
+    pen = ImageDraw.Draw(mask)
+    center = ((thing.x - left) * _FINE, (thing.y - top) * _FINE)
+    _outline(pen, thing, center, thing.radius * _FINE, 255)
+    if thing.fill == "hollow":
+        _outline(pen, thing, center, thing.radius * _FINE * 0.62, 0)
+    elif thing.fill == "striped":
+        step = max(3.4, thing.radius * 0.42) * _FINE
+        for k in range(int(mask.height / step) + 1):
+            pen.rectangle((0, (k + 0.5) * step, mask.width, (k + 0.95) * step), fill=0)
+    return mask.resize((side, side), Image.Resampling.BOX), (left, top)
+
+
+def _outline(pen: ImageDraw.ImageDraw, thing: Thing, center: tuple[float, float], radius: float, fill: int) -> None:
+    x, y = center
+    if thing.shape == "circle":
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        return
+    turn = math.radians(thing.turn)
+    corners = [(r * radius, math.radians(a) + turn) for r, a in _CORNERS[thing.shape]]
+    pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in corners], fill=fill)
+
+
+def _cross() -> list[tuple[float, float]]:
+    arm, reach = 0.36, 1.0
+    points = [(reach, -arm), (reach, arm), (arm, arm), (arm, reach), (-arm, reach), (-arm, arm)]
+    points += [(-x, -y) for x, y in points]
+    return [(math.hypot(x, y), math.degrees(math.atan2(y, x))) for x, y in points]
+
+
+_CORNERS: dict[str, list[tuple[float, float]]] = {  # (radius, angle in degrees) of each corner
+    "square": [(1.15, 45 + 90 * k) for k in range(4)],
+    "triangle": [(1.2, -90 + 120 * k) for k in range(3)],
+    "diamond": [(1.2 if k % 2 else 0.7, 90 * k) for k in range(4)],
+    "star": [(1.2 if k % 2 == 0 else 0.5, -90 + 36 * k) for k in range(10)],
+    "cross": _cross(),
+}
+
+
+# Captions
+
+
+def captions(scene: Scene, split: str, index: int) -> tuple[Caption, ...]:
+    """Return the captions of a scene from most to least detailed; in the retrieval split only the two that are unique."""
+    dice = _Dice("captions-1", split, index)
+    across, down = sorted(scene.things, key=lambda t: t.x), sorted(scene.things, key=lambda t: t.y)
+    full = ("size", "color", "fill", "shape")
+    texts = ["left to right: " + ", ".join(t.named(*full) for t in across)]
+    if split == "retrieval":
+        texts.append("top to bottom: " + ", ".join(t.named(*full) for t in down))
+    else:
+        texts += [
+            "top to bottom: " + ", ".join(t.named("color", "shape") for t in down),
+            _relation_caption(dice, scene),
+            _count_caption(scene),
+            f"{len(scene.things)} objects, one is {_a(dice.pick(scene.things).named(*full))}",
+        ]
+    return tuple(Caption(text, "synthetic") for text in texts)
+
+
+def _relation_caption(dice: _Dice, scene: Scene) -> str:
+    a, b = dice.shuffled(scene.things)[:2]
+    words = [word for word, gap in _relations(a, b).items() if gap >= RELATION_GAP]
+    link = dice.pick(words) if words else "near"
+    return f"{_a(a.named('color', 'shape'))} {link} {_a(b.named('color', 'shape'))}"
+
+
+def _relations(a: Thing, b: Thing) -> dict[str, float]:
+    """How far, in pixels, each relation of a to b holds (negative where its opposite does)."""
+    return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
+
+
+def _count_caption(scene: Scene) -> str:
+    counts = Counter(t.shape for t in scene.things)
+    parts = [f"{NUMBER_WORDS[n]} {_plural(shape, n)}" for shape, n in sorted(counts.items(), key=lambda c: SHAPES.index(c[0]))]
+    return " and ".join(parts)
+
+
+def _a(words: str) -> str:
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def _plural(noun: str, n: int) -> str:
+    return noun if n == 1 else f"{noun}es" if noun == "cross" else f"{noun}s"
+
+
+# Questions
+
+
+def questions(split: str, index: int, scene: Scene | None = None) -> tuple[Question, ...]:
+    """Return the questions of a scene, at most one of each type; ten annotators answer, who disagree where hues overlap or by slips."""
+    scene = scene or make_scene(split, index)
+    dice = _Dice("questions-1", split, index)
+    asked = []
+    for slot, (kind, ask) in enumerate(_ASK.items()):
+        found = ask(dice, scene)
+        if found is not None:
+            text, truth, other, dissent = found
+            answers = dice.shuffled([other] * dissent + [truth] * (10 - dissent))
+            records = tuple({"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(answers, start=1))
+            answer_type = "yes/no" if truth in ("yes", "no") else "number" if truth.isdigit() else "other"
+            asked.append(Question(index * 10 + slot, text, kind, answer_type, records, truth))
+    return tuple(asked)
+
+
+_Asked = tuple[str, str, str, int]  # question, truth, what dissenting annotators say, how many of ten dissent
+
+
+def _slip(dice: _Dice) -> int:
+    return int(dice.chance(0.15))
+
+
+def _yes_no(dice: _Dice, text: str, yes: bool) -> _Asked:
+    return text, "yes" if yes else "no", "no" if yes else "yes", _slip(dice)
+
+
+def _unique(things: Sequence[Thing], *attributes: str) -> list[Thing]:
+    counts = Counter(t.named(*attributes) for t in things)
+    return [t for t in things if counts[t.named(*attributes)] == 1]
+
+
+def _ask_exist(dice: _Dice, scene: Scene) -> _Asked | None:
+    """Absent pairs take the colour of one object and the shape of another, so that knowing both apart is no help."""
+    present = {(t.color, t.shape) for t in scene.things}
+    mixed = sorted({(a.color, b.shape) for a in scene.things for b in scene.things} - present)
+    yes = dice.chance(0.5)
+    if not mixed and not yes:
+        mixed = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in present]
+    color, shape = dice.pick(sorted(present) if yes else mixed)
+    return _yes_no(dice, f"is there {_a(color)} {shape}?", yes)
+
+
+def _ask_count(dice: _Dice, scene: Scene) -> _Asked | None:
+    attribute, value = scene.counted
+    truth = sum(getattr(t, attribute) == value for t in scene.things)
+    noun = _plural(value, 2) if attribute == "shape" else f"{value} objects"
+    other = min(max(truth + dice.pick((-1, 1)), 1), 4)
+    return f"how many {noun} are there?", str(truth), str(other), _slip(dice)
+
+
+def _ask_query(dice: _Dice, scene: Scene, asked: str, given: str) -> tuple[str, Thing] | None:
+    """Refer to one object by `given`, with its size or fill where that alone is not unique."""
+    for extra in ((), dice.pick((("size",), ("fill",)))):
+        targets = _unique(scene.things, *extra, given)
+        if targets:
+            target = dice.pick(targets)
+            noun = target.named(*extra, given) + ("" if given == "shape" else " object")
+            return f"what {asked} is the {noun}?", target
+    return None
+
+
+def _ask_color(dice: _Dice, scene: Scene) -> _Asked | None:
+    found = _ask_query(dice, scene, "color", "shape")
+    if found is None:
+        return None
+    text, target = found
+    offset = (target.hue - HUES[target.color] + 180) % 360 - 180
+    gap = _hue_neighbours(target.color)[offset > 0]
+    neighbour = COLORS[(COLORS.index(target.color) + (1 if offset > 0 else -1)) % len(COLORS)]
+    toward = abs(offset) / gap
+    return text, target.color, neighbour, 0 if toward < 0.35 else 1 if toward < 0.45 else 3
+
+
+def _ask_shape(dice: _Dice, scene: Scene) -> _Asked | None:
+    found = _ask_query(dice, scene, "shape", "color")
+    if found is None:
+        return None
+    text, target = found
+    return text, target.shape, dice.pick([s for s in SHAPES if s != target.shape]), _slip(dice)
+
+
+def _ask_relation(dice: _Dice, scene: Scene) -> _Asked | None:
+    known = dice.shuffled(_unique(scene.things, "color", "shape"))
+    for a, b in ((a, b) for a in known for b in known if a is not b):
+        words = [w for w, gap in _relations(a, b).items() if abs(gap) >= RELATION_GAP]
+        if words:
+            word = dice.pick(words)
+            text = f"is the {a.named('color', 'shape')} {word} the {b.named('color', 'shape')}?"
+            return _yes_no(dice, text, _relations(a, b)[word] > 0)
+    return None
+
+
+def _ask_compare(dice: _Dice, scene: Scene) -> _Asked | None:
+    """Compare two counts, or the sizes of two objects; the order of the two is drawn, so that either answer is as likely."""
+    comparisons = []
+    for attribute in ("shape", "color"):
+        counts = Counter(getattr(t, attribute) for t in scene.things)
+        pairs = [(a, b) for a in sorted(counts) for b in sorted(counts) if counts[a] != counts[b]]
+        if pairs:
+            a, b = dice.pick(pairs)
+            names = [_plural(v, 2) if attribute == "shape" else f"{v} objects" for v in (a, b)]
+            comparisons.append((f"are there more {names[0]} than {names[1]}?", counts[a] > counts[b]))
+    known = _unique(scene.things, "color", "shape")
+    sized = [(a, b) for a in known for b in known if a.size != b.size]
+    if sized:
+        x, y = dice.pick(sized)
+        comparisons.append((f"is the {x.named('color', 'shape')} larger than the {y.named('color', 'shape')}?", x.size == "large"))
+    return _yes_no(dice, *dice.pick(comparisons)) if comparisons else None
+
+
+_ASK: dict[str, Callable[[_Dice, Scene], _Asked | None]] = dict(
+    zip(QUESTION_TYPES, (_ask_exist, _ask_count, _ask_color, _ask_shape, _ask_relation, _ask_compare), strict=True)
+)
+
+
+# The source
+
+
+class Scenes:
+    """The first `size` scenes of a split as a source of image-caption pairs."""
+
+    def __init__(self, split: str = "train", size: int | None = None) -> None:
+        if split not in SPLITS:
+            raise UnknownName.of("scenes split", split, SPLITS)
+        self.split = split
+        self.size = DEFAULT_SIZE[split] if size is None else size
+        if self.size < 1:
+            raise SourceError(f"A source of scenes needs at least one scene, found {size}.", "Write scenes:N with N of 1 or more.")
+        self.spec = f"scenes/{split}:{self.size}"
+        self._attempts = _unique_attempts(self.size) if split == "retrieval" else {}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def key(self, i: int) -> str:
+        return f"scenes-1/{self.split}/{i}"
+
+    def scene(self, i: int) -> Scene:
+        return make_scene(self.split, i, self._attempts.get(i, 0))
+
+    def captions(self, i: int) -> tuple[Caption, ...]:
+        return captions(self.scene(i), self.split, i)
+
+    def image(self, i: int) -> LoadedImage:
+        image = draw(self.scene(i))
+        return LoadedImage(image, hashlib.sha256(image.tobytes()).hexdigest())
+
+    def questions(self, i: int) -> tuple[Question, ...]:
+        return questions(self.split, i, self.scene(i))
+
+
+@functools.lru_cache(maxsize=8)
+def _unique_attempts(size: int) -> dict[int, int]:
+    """For the retrieval split: the attempt of each index (where not the first) at which no earlier scene has one of its captions."""
+    seen: set[str] = set()
+    attempts: dict[int, int] = {}
+    for i in range(size):
+        attempt = 0
+        while seen & (texts := {c.text for c in captions(make_scene("retrieval", i, attempt), "retrieval", i)}):
+            attempt += 1
+        seen |= texts
+        if attempt:
+            attempts[i] = attempt
+    return attempts
