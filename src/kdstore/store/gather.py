@@ -1,0 +1,274 @@
+"""Gathering rows of one array straight from its shards.
+
+Small plain chunks (embeddings) are mapped and copied by address; big or compressed ones (tokens) are read with preadv, where a
+truncation is an error and not a crash. One table per array says where each inner chunk lies and, by being filled only after the
+chunk's crc32c agreed with the manifest's, which chunks have been checked: later epochs pay nothing.
+Chains that we do not decode are checked in the same way and then read by zarr-python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import mmap
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from kdstore.errors import DamagedStore
+from kdstore.store.kernel import copy_rows
+from kdstore.store.layout import PLAIN, ZSTD, ArraySpec
+from kdstore.store.manifest import RESTORE, Manifest
+from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, index_bytes, parse_index
+
+MAPPED_CHUNK_BYTES = 1 << 18  # larger chunks gain nothing from a mapping
+OPEN_SHARDS = 128
+THREAD_BYTES = 1 << 20  # a batch is split over threads when each gets at least this much
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+class ArrayReader:
+    """Gathers (row, view) pairs of one array; any number of threads may call it at once."""
+
+    def __init__(self, manifest: Manifest, spec: ArraySpec) -> None:
+        self._manifest = manifest
+        self._spec = spec
+        self._crcs = _expected_crcs(manifest, spec)
+        self._known = spec.codecs in (PLAIN, ZSTD)
+        self._mapped = spec.codecs == PLAIN and spec.chunk[0] * spec.row_bytes <= MAPPED_CHUNK_BYTES
+        self._addresses = np.zeros(spec.num_chunks if self._mapped else 0, np.uint64)  # of mapped chunks; 0 = not yet checked
+        self._checked = np.zeros(0 if self._mapped else spec.num_chunks, bool)
+        self._indices: dict[int, npt.NDArray[np.int64]] = {}
+        self._maps: dict[int, Bytes] = {}
+        self._descriptors: OrderedDict[int, _Descriptor] = OrderedDict()
+
+    def gather(self, rows: npt.ArrayLike, views: npt.ArrayLike | None, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        """Do what `Store.gather` says."""
+        rows_B = _wrapped(rows, self._spec.shape[0], "row")
+        views_B = self._views(views, len(rows_B))
+        out = self._output(len(rows_B), out)
+        if not len(rows_B):
+            return out
+        chunks_B = rows_B // self._spec.chunk[0] * self._spec.views + views_B
+        starts_B = rows_B % self._spec.chunk[0] * self._spec.row_bytes
+        if self._mapped:
+            self._copy_mapped(chunks_B, starts_B, _as_bytes(out))
+        elif self._known:
+            self._read(chunks_B, starts_B, _as_bytes(out))
+        else:
+            self._read_with_zarr(rows_B, views_B, chunks_B, out)
+        return out
+
+    def _views(self, views: npt.ArrayLike | None, size: int) -> npt.NDArray[np.int64]:
+        if views is None:
+            return np.zeros(size, np.int64)
+        if not self._spec.has_views:
+            raise ValueError(f"{self._spec.name} has no views")
+        return _wrapped(np.broadcast_to(views, (size,)), self._spec.views, "view")
+
+    def _output(self, size: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        shape, dtype = (size, *self._spec.row_shape), np.dtype(self._spec.dtype).newbyteorder("<")
+        if out is None:
+            return np.empty(shape, dtype)
+        if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(f"out must be a writable C-contiguous array {shape} {dtype}, found {out.shape} {out.dtype}")
+        return out
+
+    def _copy_mapped(self, chunks_B: npt.NDArray[np.int64], starts_B: npt.NDArray[np.int64], out: Bytes) -> None:
+        addresses_B = self._addresses[chunks_B]
+        if not addresses_B.all():
+            for chunk in np.unique(chunks_B[addresses_B == 0]).tolist():
+                self._addresses[chunk] = self._checked_payload(chunk).ctypes.data
+            addresses_B = self._addresses[chunks_B]
+        addresses_B += starts_B.astype(np.uint64)
+        _in_parts(lambda start, stop: copy_rows(addresses_B[start:stop], out[start:stop]), out)
+
+    def _read(self, chunks_B: npt.NDArray[np.int64], starts_B: npt.NDArray[np.int64], out: Bytes) -> None:
+        """Read row after row in the order of the file; a chunk that must be decoded or checked is so once for all of its rows."""
+        order = np.argsort(chunks_B, kind="stable")
+
+        def read(start: int, stop: int) -> None:
+            decoded, raw = -1, np.empty(0, np.uint8)
+            for i in order[start:stop].tolist():
+                chunk, begin = int(chunks_B[i]), int(starts_B[i])
+                if chunk == decoded:
+                    out[i] = raw[begin : begin + out.shape[1]]
+                elif self._spec.codecs == PLAIN and self._checked[chunk]:
+                    offset, _ = self._extent(chunk)
+                    self._read_into(chunk, out[i], offset + begin)
+                else:
+                    decoded, raw = chunk, self._decoded(chunk)
+                    out[i] = raw[begin : begin + out.shape[1]]
+
+        _in_parts(read, out)
+
+    def _read_with_zarr(self, rows_B: npt.NDArray[np.int64], views_B: npt.NDArray[np.int64], chunks_B: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        for chunk in np.unique(chunks_B[~self._checked[chunks_B]]).tolist():
+            self._checked_payload(chunk)
+            self._checked[chunk] = True
+        array = zarr.open_array(self._manifest.root / self._spec.name, mode="r")
+        if not self._spec.has_views:
+            out[...] = array.oindex[rows_B]
+            return
+        for view in np.unique(views_B).tolist():
+            out[views_B == view] = array.oindex[rows_B[views_B == view], view]
+
+    def _decoded(self, chunk: int) -> Bytes:
+        try:
+            raw = decode_chunk(self._spec, self._checked_payload(chunk))
+        except ValueError as e:
+            raise self._damaged(chunk, f"does not decode ({e})") from e
+        self._checked[chunk] = True
+        return raw
+
+    def _checked_payload(self, chunk: int) -> Bytes:
+        """Return the encoded bytes of a chunk without their trailer, both compared with the crc32c that the manifest's file expects."""
+        offset, length = self._extent(chunk)
+        number = chunk // self._spec.chunks_per_shard
+        if self._mapped:
+            encoded = self._maps[number][offset : offset + length]
+        else:
+            encoded = np.empty(length, np.uint8)
+            self._read_into(chunk, encoded, offset)
+        payload, trailer = encoded[:-CRC_BYTES], encoded[-CRC_BYTES:]
+        expected = int(self._crcs[chunk])
+        if crc32c(payload) != expected or int.from_bytes(trailer.tobytes(), "little") != expected:
+            raise self._damaged(chunk, "does not match its crc32c")
+        return payload
+
+    def _extent(self, chunk: int) -> tuple[int, int]:
+        """Return (offset, length with trailer) of a chunk in its shard."""
+        number, place = divmod(chunk, self._spec.chunks_per_shard)
+        index = self._indices.get(number)
+        if index is None:
+            index = self._open_shard(number)
+        return int(index[place, 0]), int(index[place, 1])
+
+    def _open_shard(self, number: int) -> npt.NDArray[np.int64]:
+        """Read a shard's index, once, and map the shard if this array is mapped."""
+        with _opening:
+            if number not in self._indices:
+                path = self._spec.shard_path(number)
+                size = self._manifest.entry(path).size
+                if size < index_bytes(self._spec):
+                    raise DamagedStore(f"{self._manifest.root / path} is shorter than a shard's index{self._manifest.entry(path).said()}.", RESTORE)
+                with self._manifest.open(path) as fd:
+                    content = os.pread(fd, index_bytes(self._spec), size - index_bytes(self._spec))
+                    index = parse_index(self._spec, number, content, size, str(self._manifest.root / path))
+                    if self._mapped:
+                        self._maps[number] = _map(self, fd, size)
+                self._indices[number] = index
+            return self._indices[number]
+
+    def _descriptor(self, number: int) -> _Descriptor:
+        """Return the open descriptor of a shard; one that falls out of the table is closed when its last reader lets go."""
+        with _opening:
+            descriptor = self._descriptors.get(number)
+            if descriptor is None:
+                descriptor = self._descriptors[number] = _Descriptor(self._manifest.descriptor(self._spec.shard_path(number)))
+                if len(self._descriptors) > OPEN_SHARDS:
+                    self._descriptors.popitem(last=False)
+            self._descriptors.move_to_end(number)
+            return descriptor
+
+    def _read_into(self, chunk: int, target: Bytes, offset: int) -> None:
+        descriptor = self._descriptor(chunk // self._spec.chunks_per_shard)
+        done = 0
+        while done < len(target):
+            read = os.preadv(descriptor.fd, [target[done:]], offset + done)
+            if read == 0:
+                raise self._damaged(chunk, "ends early")
+            done += read
+
+    def _damaged(self, chunk: int, what: str) -> DamagedStore:
+        path = self._manifest.root / self._spec.shard_path(chunk // self._spec.chunks_per_shard)
+        start = chunk // self._spec.views * self._spec.chunk[0]
+        stop = min(start + self._spec.chunk[0], self._spec.shape[0])
+        return DamagedStore(f"{path}: the chunk of rows {start} to {stop} {what}.", RESTORE)
+
+
+class _Descriptor:
+    """A file descriptor that is closed with its last reference."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        weakref.finalize(self, os.close, fd).atexit = False
+
+
+def _map(owner: ArrayReader, fd: int, size: int) -> Bytes:
+    """Map a file without keeping a descriptor (Python's mmap keeps one, and a store may have 8,192 shards); unmapped with `owner`."""
+    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "cannot map a shard")
+    weakref.finalize(owner, _LIBC.munmap, address, size).atexit = False
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+
+
+def _expected_crcs(manifest: Manifest, spec: ArraySpec) -> npt.NDArray[np.uint32]:
+    crcs = np.load(io.BytesIO(manifest.read(spec.checks_path)), allow_pickle=False)
+    if crcs.shape != (spec.num_chunks,) or crcs.dtype != np.dtype("<u4"):
+        raise DamagedStore(f"{manifest.root / spec.checks_path} holds {crcs.shape} {crcs.dtype}, expected {spec.num_chunks} uint32.", RESTORE)
+    return crcs  # type: ignore[no-any-return]
+
+
+def _wrapped(indices: npt.ArrayLike, size: int, what: str) -> npt.NDArray[np.int64]:
+    """Return int64 indices [B] in 0..size-1, negative ones counted from the end; raises IndexError."""
+    array = np.asarray(indices)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise IndexError(f"{what}s must be a one-dimensional list of integers, found {array.dtype} of shape {array.shape}")
+    if array.size and (int(array.min()) < -size or int(array.max()) >= size):
+        raise IndexError(f"{what} {int(array.min()) if int(array.min()) < -size else int(array.max())} is out of bounds for {size} {what}s")
+    array = array.astype(np.int64, copy=False)
+    return np.where(array < 0, array + size, array)
+
+
+def _as_bytes(out: npt.NDArray[Any]) -> Bytes:
+    return out.reshape(len(out), -1).view(np.uint8)
+
+
+_opening = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+
+
+def _in_parts(work: Any, out: Bytes) -> None:
+    """Call `work(start, stop)` over the rows of `out`, on as many cores as the bytes are worth."""
+    global _pool
+    parts = max(1, min(_cores(), out.nbytes // THREAD_BYTES, len(out)))
+    bounds = np.linspace(0, len(out), parts + 1).astype(int).tolist()
+    if parts == 1:
+        work(0, len(out))
+        return
+    if _pool is None:
+        _pool = ThreadPoolExecutor(_cores(), "gather")
+    futures = [_pool.submit(work, start, stop) for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)]
+    try:
+        work(bounds[-2], bounds[-1])
+    finally:
+        errors = [future.exception() for future in futures]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _after_fork() -> None:
+    """Threads and held locks do not survive a fork; maps, tables and descriptors do."""
+    global _opening, _pool
+    _opening, _pool = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_after_fork)

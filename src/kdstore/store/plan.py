@@ -1,0 +1,203 @@
+"""The plan of a store: which rows it has and which rows one unit of work covers, frozen before any image is read.
+
+Rows are numbered here once and for all; an image that cannot be decoded later keeps its row. Texts are numbered by image, so the
+offsets alone say which texts belong to which image. Columns are Arrow arrays because a plan may hold 100 M keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kdstore.data.source import Caption
+from kdstore.errors import ConfigError, DamagedStore, SourceError
+from kdstore.jsonfile import canonical_json, write_bytes
+
+Side = Literal["image", "text"]
+SIDES: tuple[Side, Side] = ("image", "text")
+MAX_SHARDS = 8192
+_BATCH = 65536  # images per Arrow batch while freezing
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows `start:stop` of one side: the least piece of work that is committed."""
+
+    side: Side
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.side}-{self.number:05d}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Keys [N], captions [M] with their kinds, offsets int64 [N + 1] (texts of image i are `offsets[i]:offsets[i + 1]`)."""
+
+    keys: pa.Array
+    captions: pa.Array
+    kinds: pa.Array
+    offsets: npt.NDArray[np.int64] = field(repr=False)
+    unit_rows: int
+    fingerprint: str
+
+    @classmethod
+    def freeze(cls, source_rows: Iterable[tuple[str, tuple[Caption, ...]]], *, unit_rows: int = 16384) -> Plan:
+        """Number the (key, captions) pairs of a source; raises SourceError for a key that comes twice and ConfigError for a bad `unit_rows`.
+
+        `unit_rows` is a power of two, doubled until no side has more than 8,192 units.
+        """
+        if unit_rows < 1 or unit_rows & (unit_rows - 1):
+            raise ConfigError(f"unit_rows must be a power of two, found {unit_rows}.")
+        columns: list[pa.RecordBatch] = []
+        digest = hashlib.sha256()
+        for pairs in _batches(source_rows):
+            for pair in pairs:
+                digest.update(_fingerprint_line(*pair))
+            columns.append(_as_batch(pairs))
+        table = pa.Table.from_batches(columns, _SCHEMA)
+        keys = _one(table["key"])
+        if pc.count_distinct(keys).as_py() < len(keys):
+            raise SourceError(f"Keys must be unique, but these come more than once: {', '.join(repeated(keys)[:5])}.", "Choose another key column.")
+        plan = _from_columns(table, f"sha256:{digest.hexdigest()}", unit_rows)
+        while max(plan.num_images, plan.num_texts) > MAX_SHARDS * plan.unit_rows:
+            plan = _from_columns(table, plan.fingerprint, plan.unit_rows * 2)
+        return plan
+
+    @property
+    def num_images(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.captions)
+
+    def rows(self, side: Side) -> int:
+        """Return N or M."""
+        return self.num_images if side == "image" else self.num_texts
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """All units, images first; the last of a side may be partial."""
+        return tuple(
+            Unit(side, number, start, min(start + self.unit_rows, self.rows(side)))
+            for side in SIDES
+            for number, start in enumerate(range(0, self.rows(side), self.unit_rows))
+        )
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Return the captions of text rows `start:stop`."""
+        return self.captions[start:stop].to_pylist()  # type: ignore[no-any-return]
+
+    def summary(self) -> dict[str, int | str]:
+        """What the manifest says of the plan."""
+        return {"images": self.num_images, "texts": self.num_texts, "unit_rows": self.unit_rows, "fingerprint": self.fingerprint}
+
+    def save(self, path: Path) -> None:
+        """Write the plan as one parquet file, atomically."""
+        pairs = pa.StructArray.from_arrays([self.captions, self.kinds], ["text", "kind"])
+        captions = pa.LargeListArray.from_arrays(pa.array(self.offsets), pairs)
+        table = pa.table({"key": self.keys, "captions": captions}, _SCHEMA).replace_schema_metadata(
+            {"fingerprint": self.fingerprint, "unit_rows": str(self.unit_rows)}
+        )
+        write_bytes(path, parquet_bytes(table))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a saved plan and check its fingerprint; raises DamagedStore."""
+        try:
+            table = pq.read_table(path)
+            metadata = table.schema.metadata
+            plan = _from_columns(table, metadata[b"fingerprint"].decode(), int(metadata[b"unit_rows"]))
+            found = fingerprint_of(plan._pairs())
+        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as e:
+            raise DamagedStore(f"{path} is not a plan as kdstore writes it ({e}).", "Remove the folder and extract again.") from e
+        if found != plan.fingerprint:
+            raise DamagedStore(f"{path} does not match its fingerprint: expected {plan.fingerprint}, found {found}.", "Remove the folder and extract again.")
+        return plan
+
+    def _pairs(self) -> Iterator[tuple[str, tuple[Caption, ...]]]:
+        for start in range(0, self.num_images, _BATCH):
+            offsets = self.offsets[start : start + _BATCH + 1]
+            first, last = int(offsets[0]), int(offsets[-1])
+            captions = [Caption(*pair) for pair in zip(self.texts(first, last), self.kinds[first:last].to_pylist(), strict=True)]
+            for i, key in enumerate(self.keys[start : start + _BATCH].to_pylist()):
+                yield key, tuple(captions[offsets[i] - first : offsets[i + 1] - first])
+
+
+def fingerprint_of(source_rows: Iterable[tuple[str, tuple[Caption, ...]]]) -> str:
+    """Return `sha256:<hex>` over one line `[key,[[text,kind],...]]` of canonical JSON per image, in order, each ended by a newline."""
+    digest = hashlib.sha256()
+    for pair in source_rows:
+        digest.update(_fingerprint_line(*pair))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def repeated(keys: pa.Array) -> list[str]:
+    """Return the keys that occur more than once."""
+    counts = pc.value_counts(keys)
+    return counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist()  # type: ignore[no-any-return]
+
+
+def parquet_bytes(table: pa.Table) -> pa.Buffer:
+    """Encode a table as parquet in memory, so that the one writer of files sees disk errors and hashes what it writes."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_statistics=False)
+    return sink.getvalue()
+
+
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("captions", pa.large_list(pa.struct([("text", pa.large_string()), ("kind", pa.large_string())]))),
+    ]
+)
+
+
+def _fingerprint_line(key: str, captions: tuple[Caption, ...]) -> bytes:
+    return canonical_json([key, [[c.text, c.kind] for c in captions]]) + b"\n"
+
+
+def _batches(source_rows: Iterable[tuple[str, tuple[Caption, ...]]]) -> Iterator[list[tuple[str, tuple[Caption, ...]]]]:
+    batch = []
+    for pair in source_rows:
+        batch.append(pair)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _as_batch(pairs: list[tuple[str, tuple[Caption, ...]]]) -> pa.RecordBatch:
+    captions = [[{"text": c.text, "kind": c.kind} for c in pair[1]] for pair in pairs]
+    return pa.record_batch([pa.array([key for key, _ in pairs], _SCHEMA.field(0).type), pa.array(captions, _SCHEMA.field(1).type)], schema=_SCHEMA)
+
+
+def _from_columns(table: pa.Table, fingerprint: str, unit_rows: int) -> Plan:
+    captions = _one(table["captions"])
+    flat = captions.flatten()
+    offsets = np.zeros(len(captions) + 1, np.int64)
+    np.cumsum(pc.list_value_length(captions).to_numpy(zero_copy_only=False), out=offsets[1:])
+    return Plan(_one(table["key"]), flat.field("text"), flat.field("kind"), offsets, unit_rows, fingerprint)
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

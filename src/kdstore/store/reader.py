@@ -1,0 +1,135 @@
+"""Opening a store and reading rows of it.
+
+`open_store` reads the manifest and the arrays' metadata only; keys, captions, offsets and checks are read when first asked for,
+so that opening costs the same whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdstore.errors import DamagedStore, MissingFeature
+from kdstore.store.gather import ArrayReader
+from kdstore.store.layout import OFFSETS, ArraySpec
+from kdstore.store.manifest import RESTORE, Manifest, read_manifest
+from kdstore.store.plan import Side
+
+
+class Store:
+    """A complete store, open for reading; safe across threads and forks, pickled as its path."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.path = manifest.root
+        self.manifest = manifest.content
+        self._manifest = manifest
+        self.arrays: dict[str, ArraySpec] = {name: _spec(manifest, name) for name in manifest.content["arrays"]}
+        self._readers: dict[str, ArrayReader] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_store, (self.path,)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.manifest["identity"]  # type: ignore[no-any-return]
+
+    @property
+    def digest(self) -> str:
+        return self._manifest.digest
+
+    @property
+    def fingerprint(self) -> str:
+        """The plan's fingerprint: stores of equal fingerprint hold the same rows in the same order."""
+        return str(self.manifest["plan"]["fingerprint"])
+
+    @property
+    def num_images(self) -> int:
+        return int(self.manifest["plan"]["images"])
+
+    @property
+    def num_texts(self) -> int:
+        return int(self.manifest["plan"]["texts"])
+
+    def require(self, *names: str) -> None:
+        """Raise MissingFeature unless the store holds all these arrays."""
+        if missing := [name for name in names if name not in self.arrays]:
+            raise MissingFeature(
+                f"{self.path} holds no {', '.join(missing)}; it holds {', '.join(sorted(self.arrays))}.",
+                "Extract the missing features into a store, or choose a loss that needs less.",
+            )
+
+    def gather(self, name: str, rows: npt.ArrayLike, views: npt.ArrayLike | None = None, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """Return rows [B, ...] of an array in its stored dtype, into `out` if given.
+
+        `rows` [B] may repeat, and be negative as in NumPy; `views` (one number or [B], for image arrays) defaults to the plain view 0.
+        Every inner chunk is compared with its expected crc32c when first touched. Raises MissingFeature, IndexError, DamagedStore,
+        and ValueError for an `out` that does not fit.
+        """
+        if name not in self._readers:
+            self.require(name)
+            self._readers.setdefault(name, ArrayReader(self._manifest, self.arrays[name]))
+        return self._readers[name].gather(rows, views, out)
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Offsets int64 [N + 1]: the texts of image i are rows `offsets[i]:offsets[i + 1]`."""
+        offsets = np.load(io.BytesIO(self._manifest.read(OFFSETS)), allow_pickle=False)
+        if offsets.shape != (self.num_images + 1,) or offsets.dtype != np.dtype("<i8"):
+            raise DamagedStore(f"{self.path / OFFSETS} holds {offsets.shape} {offsets.dtype}, expected {self.num_images + 1} int64.", RESTORE)
+        return offsets  # type: ignore[no-any-return]
+
+    @cached_property
+    def image_valid(self) -> npt.NDArray[np.bool_]:
+        """Which images could be decoded, bool [N]."""
+        return self.gather("image/valid", np.arange(self.num_images)).astype(bool)
+
+    @cached_property
+    def text_valid(self) -> npt.NDArray[np.bool_]:
+        """Which texts hold features, bool [M]."""
+        return self.gather("text/valid", np.arange(self.num_texts)).astype(bool)
+
+    def keys(self) -> npt.NDArray[np.str_]:
+        """Return the keys of all images [N]."""
+        return np.array(self.index("image", "key").to_pylist(), np.str_)
+
+    def image_sha256(self) -> npt.NDArray[np.str_]:
+        """Return the sha256 (hex) of the encoded images [N], '' where there were no bytes."""
+        return np.array(self.index("image", "sha256").to_pylist(), np.str_)
+
+    def captions(self) -> list[str]:
+        """Return the captions of all text rows [M]."""
+        return self.index("text", "caption").to_pylist()  # type: ignore[no-any-return]
+
+    def index(self, side: Side, column: str) -> pa.ChunkedArray:
+        """Return one column of `index/<side>/*.parquet` in row order; raises DamagedStore."""
+        paths = sorted(path for path in self._manifest.files if path.startswith(f"index/{side}/"))
+        rows = self.num_images if side == "image" else self.num_texts
+        parts = [pq.read_table(io.BytesIO(self._manifest.read(path)), columns=[column])[column] for path in paths]
+        found = sum(len(part) for part in parts)
+        if found != rows:
+            raise DamagedStore(f"{self.path}/index/{side} holds {found} rows, expected {rows}.", RESTORE)
+        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type if parts else pa.large_string())
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a complete store; raises StoreNotFound, IncompleteStore, DamagedStore."""
+    return Store(read_manifest(Path(path)))
+
+
+def _spec(manifest: Manifest, name: str) -> ArraySpec:
+    metadata = json.loads(manifest.read(f"{name}/zarr.json"))
+    if metadata != manifest.content["arrays"][name]:
+        raise DamagedStore(f"{manifest.root / name}/zarr.json is not what the manifest says of {name}.", RESTORE)
+    spec = ArraySpec.from_metadata(name, metadata)
+    rows = int(manifest.content["plan"]["images" if spec.side == "image" else "texts"])
+    if spec.shape[0] != rows:
+        raise DamagedStore(f"{name} has {spec.shape[0]} rows, expected {rows}.", RESTORE)
+    return spec

@@ -1,0 +1,327 @@
+"""Writing a store: units of rows are staged by attempts, committed by one writer, and sealed by the manifest.
+
+An attempt writes into a folder of its own, so that one that dies harms nothing. A commit moves its files into place and then
+writes the unit's record; files without a record do not count and are written again. `zarr.json` files and the manifest come
+last: an unfinished store opens neither with us nor with a Zarr reader, so unwritten rows can never be read as fill values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kdstore.errors import IdentityMismatch, IncompleteStore, StoreError, StoreLocked
+from kdstore.jsonfile import canonical_json, digest_of, disk_error, fsync_folder, read_json, write_bytes, write_json
+from kdstore.store.layout import BUILD, FORMAT, GROUP_METADATA, MANIFEST, OFFSETS, ArraySpec, index_path, scalar_array
+from kdstore.store.lock import release_lock, take_lock
+from kdstore.store.manifest import read_manifest
+from kdstore.store.plan import SIDES, Plan, Unit, parquet_bytes
+from kdstore.store.shard import ShardWriter, WrittenFile, write_file
+
+IMAGE_INDEX = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.large_string()),
+        ("sha256", pa.string()),
+        ("valid", pa.uint8()),
+        ("reason", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+TEXT_INDEX = pa.schema([("row", pa.int64()), ("image_row", pa.int64()), ("kind", pa.large_string()), ("sha256", pa.string()), ("caption", pa.large_string())])
+
+_ATTEMPTS = "attempts"
+_UNITS = "units"
+_LOCK = "lock.json"
+_ABSENT = "nothing"
+
+
+class Attempt:
+    """One try at a unit: blocks and index rows are appended in row order, in any number of calls."""
+
+    def __init__(self, folder: Path, plan: Plan, unit: Unit, specs: Sequence[ArraySpec]) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._unit = unit
+        self._specs = {spec.name: spec for spec in specs}
+        self._rows = dict.fromkeys(self._specs, 0)
+        self._open: dict[str, tuple[int, ShardWriter]] = {}
+        self._files: dict[str, dict[str, Any]] = {}
+        self._crcs: dict[str, list[npt.NDArray[np.uint32]]] = {name: [] for name in self._specs}
+        self._index: list[dict[str, Any]] = []
+        self._nan = {name: np.zeros(len(unit), bool) for name, spec in self._specs.items() if spec.dtype.startswith("float")}
+
+    def append(self, name: str, block: npt.NDArray[np.generic]) -> None:
+        """Append rows [rows, V, ...] of an image array or [rows, ...] of a text array, already in the stored dtype; raises DiskFull."""
+        spec = self._specs[name]
+        if block.shape[1:] != spec.shape[1:] or block.dtype != np.dtype(spec.dtype):
+            raise ValueError(f"{name}: expected rows of shape {spec.shape[1:]} {spec.dtype}, found {block.shape[1:]} {block.dtype}")
+        if self._rows[name] + len(block) > len(self._unit):
+            raise ValueError(f"{name}: {self._rows[name] + len(block)} rows appended to {self._unit.name}, which has {len(self._unit)}")
+        if name in self._nan and len(block):
+            self._nan[name][self._rows[name] :][: len(block)] = np.isnan(block.reshape(len(block), -1)[:, 0])
+        while len(block):
+            number, shard = self._shard(spec)
+            taken = shard.append(block)
+            self._rows[name] += taken
+            block = block[taken:]
+            if shard.full:
+                written, crcs = shard.close()
+                del self._open[name]
+                self._note(spec.shard_path(number), written, *spec.shard_rows(number))
+                self._crcs[name].append(crcs)
+
+    def index(self, rows: pa.Table | Sequence[dict[str, Any]]) -> None:
+        """Append what is known of the next rows.
+
+        Images need `sha256`, `valid`, `reason`, `width`, `height` each; texts only `valid`, and all are valid if this is never called.
+        Row numbers, keys and captions are the plan's.
+        """
+        self._index.extend(rows.to_pylist() if isinstance(rows, pa.Table) else rows)
+
+    def close(self) -> dict[str, Any]:
+        """End all files and return the unit's record; raises ValueError if rows are missing, and DiskFull."""
+        valid = self._valid()
+        self.append(f"{self._unit.side}/valid", valid)
+        for name, rows in self._rows.items():
+            if rows != len(self._unit):
+                raise ValueError(f"{name}: {rows} rows appended to {self._unit.name}, expected {len(self._unit)}")
+        for name, nan in self._nan.items():
+            if not nan[valid == 0].all():
+                raise ValueError(f"{name}: row {self._unit.start + int(np.argmax((valid == 0) & ~nan))} is not valid but not NaN")
+        table = _image_index(self._plan, self._unit, self._index, valid) if self._unit.side == "image" else _text_index(self._plan, self._unit)
+        path = index_path(self._unit)
+        self._note(path, write_file(self._folder / path, parquet_bytes(table)), self._unit.start, self._unit.stop)
+        crcs = {name: np.concatenate(parts).tobytes().hex() for name, parts in self._crcs.items()}
+        return {"unit": self._unit.name, "files": self._files, "crcs": crcs}
+
+    def abandon(self) -> None:
+        for _, shard in self._open.values():
+            shard.abandon()
+
+    def _valid(self) -> npt.NDArray[np.uint8]:
+        if self._unit.side == "text" and not self._index:
+            return np.ones(len(self._unit), np.uint8)
+        return np.array([bool(row["valid"]) for row in self._index], np.uint8)
+
+    def _shard(self, spec: ArraySpec) -> tuple[int, ShardWriter]:
+        if spec.name not in self._open:
+            number = (self._unit.start + self._rows[spec.name]) // spec.shard[0]
+            self._open[spec.name] = number, ShardWriter(self._folder / spec.shard_path(number), spec, number)
+        return self._open[spec.name]
+
+    def _note(self, path: str, written: WrittenFile, start: int, stop: int) -> None:
+        self._files[path] = {"size": written.size, "sha256": written.sha256, "rows": [start, stop]}
+
+
+class StoreWriter:
+    """The one committer of a store; `open` resumes what an earlier one recorded."""
+
+    def __init__(self, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any], digest: str | None) -> None:
+        self.path = path
+        self.plan = plan
+        self._specs = specs
+        self._asked = asked
+        self._digest = digest
+
+    @classmethod
+    def open(cls, path: str | Path, *, plan: Plan, arrays: Sequence[ArraySpec], identity: dict[str, Any]) -> StoreWriter:
+        """Create the store, resume an unfinished one, or find it complete.
+
+        Raises IdentityMismatch with the differing fields when identity, plan or arrays are not those found; StoreLocked; DamagedStore; DiskFull.
+        `image/valid` and `text/valid` are added to `arrays`.
+        """
+        path = Path(path)
+        specs = {spec.name: spec for spec in (*arrays, *(scalar_array(plan, f"{side}/valid", "uint8") for side in SIDES))}
+        asked = {
+            "format": FORMAT,
+            "identity": identity,
+            "identity_digest": digest_of(identity),
+            "plan": plan.summary(),
+            "arrays": {name: spec.to_metadata() for name, spec in sorted(specs.items())},
+        }
+        build = path / BUILD
+        if (path / MANIFEST).is_file():
+            return cls._of_complete(path, plan, specs, asked)
+        if path.exists() and not build.is_dir() and any(path.iterdir()):
+            raise StoreError(f"{path} is neither empty nor a store.", "Choose another path.")
+        try:
+            build.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise disk_error(e, build) from e
+        take_lock(build / _LOCK)
+        try:
+            if (path / MANIFEST).is_file():  # sealed by another process before we had the lock
+                return cls._of_complete(path, plan, specs, asked)
+            if (build / "build.json").is_file():
+                _refuse_differences(path, asked, read_json(build / "build.json"))
+                _sweep(path)
+            else:
+                plan.save(build / "plan.parquet")
+                write_json(build / "build.json", asked)
+        except BaseException:
+            release_lock(build / _LOCK)
+            raise
+        return cls(path, plan, specs, asked, None)
+
+    @classmethod
+    def _of_complete(cls, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any]) -> StoreWriter:
+        manifest = read_manifest(path)
+        _refuse_differences(path, asked, manifest.content)
+        _remove_build(path / BUILD)
+        return cls(path, plan, specs, asked, manifest.digest)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest is written: nothing is pending and nothing can be added."""
+        return self._digest is not None
+
+    def pending(self) -> tuple[Unit, ...]:
+        """Return the units without a record, in order."""
+        return () if self.complete else tuple(unit for unit in self.plan.units if not self._record_path(unit).is_file())
+
+    @contextlib.contextmanager
+    def attempt(self, unit: Unit) -> Iterator[Attempt]:
+        """Stage one unit; leaving the block commits it, an exception discards it. A unit that is recorded by then stays as it is."""
+        folder = self.path / BUILD / _ATTEMPTS / f"{unit.name}-{uuid.uuid4().hex}"
+        attempt = Attempt(folder, self.plan, unit, [spec for spec in self._specs.values() if spec.side == unit.side])
+        try:
+            yield attempt
+            self._commit(unit, folder, attempt.close())
+        finally:
+            attempt.abandon()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def finalise(self, run: dict[str, Any], stats: dict[str, Any] | None = None) -> str:
+        """Write metadata, checks and offsets, then the manifest, and return its digest; raises IncompleteStore, DiskFull.
+
+        `run` (times, hosts, versions) and `stats` go beside the manifest and never change the digest.
+        """
+        if self._digest is not None:
+            return self._digest
+        if pending := self.pending():
+            raise IncompleteStore(f"{self.path}: {len(pending)} of {len(self.plan.units)} units are not recorded.", "Run the extraction again to resume it.")
+        records = [read_json(self._record_path(unit)) for unit in self.plan.units]
+        files = {path: entry for record in records for path, entry in record["files"].items()}
+        for path, content in self._sealing_files(records):
+            (self.path / path).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(self.path / path, content)
+            files[path] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        write_json(self.path / "run.json", run)
+        if stats is not None:
+            write_json(self.path / "stats.json", stats)
+        self._digest = write_json(self.path / MANIFEST, {**self._asked, "files": files})
+        shutil.rmtree(self.path / BUILD, ignore_errors=True)
+        return self._digest
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if not self.complete:
+            release_lock(self.path / BUILD / _LOCK)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _record_path(self, unit: Unit) -> Path:
+        return self.path / BUILD / _UNITS / f"{unit.name}.json"
+
+    def _commit(self, unit: Unit, folder: Path, record: dict[str, Any]) -> None:
+        if self._record_path(unit).is_file():
+            return
+        try:
+            changed = set()
+            for name in record["files"]:
+                target = self.path / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(folder / name, target)
+                changed.update(parent for parent in target.parents if parent.is_relative_to(self.path))
+            for parent in changed:
+                fsync_folder(parent)
+            self._record_path(unit).parent.mkdir(exist_ok=True)
+        except OSError as e:
+            raise disk_error(e, self.path) from e
+        write_json(self._record_path(unit), record)
+
+    def _sealing_files(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
+        for folder in ("", *sorted({f"{name.rpartition('/')[0]}/" for name in self._specs})):
+            yield f"{folder}zarr.json", canonical_json(GROUP_METADATA)
+        for spec in self._specs.values():
+            yield spec.metadata_path, canonical_json(spec.to_metadata())
+            crcs = b"".join(bytes.fromhex(record["crcs"][spec.name]) for record in records if spec.name in record["crcs"])
+            yield spec.checks_path, _npy(np.frombuffer(crcs, "<u4"))
+        yield OFFSETS, _npy(self.plan.offsets.astype("<i8"))
+
+
+def _image_index(plan: Plan, unit: Unit, rows: list[dict[str, Any]], valid: npt.NDArray[np.uint8]) -> pa.Table:
+    columns = {name: [row[name] for row in rows] for name in ("sha256", "reason", "width", "height")}
+    numbers = np.arange(unit.start, unit.stop)
+    return pa.table({"row": numbers, "key": plan.keys[unit.start : unit.stop], "valid": valid, **columns}, IMAGE_INDEX)
+
+
+def _text_index(plan: Plan, unit: Unit) -> pa.Table:
+    numbers = np.arange(unit.start, unit.stop)
+    captions = plan.captions[unit.start : unit.stop]
+    columns = {
+        "row": numbers,
+        "image_row": np.searchsorted(plan.offsets, numbers, side="right") - 1,
+        "kind": plan.kinds[unit.start : unit.stop],
+        "sha256": [hashlib.sha256(text.encode()).hexdigest() for text in captions.to_pylist()],
+        "caption": captions,
+    }
+    return pa.table(columns, TEXT_INDEX)
+
+
+def _npy(array: npt.NDArray[Any]) -> bytes:
+    sink = io.BytesIO()
+    np.save(sink, array, allow_pickle=False)
+    return sink.getvalue()
+
+
+def _refuse_differences(path: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise IdentityMismatch with the fields that differ between what is asked for and what `path` holds."""
+    asked = json.loads(canonical_json(asked))
+    parts = ("format", "identity", "plan", "arrays")
+    there, here = _flat({part: found.get(part) for part in parts}), _flat({part: asked[part] for part in parts})
+    fields = sorted(field for field in there.keys() | here.keys() if there.get(field, _ABSENT) != here.get(field, _ABSENT))
+    if fields:
+        said = "; ".join(f"{field}: there {there.get(field, _ABSENT)}, asked {here.get(field, _ABSENT)}" for field in fields[:8])
+        more = f"; and {len(fields) - 8} more" if len(fields) > 8 else ""
+        raise IdentityMismatch(f"{path} holds other features ({said}{more}).", "Choose another path with --out, or remove that folder.")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}" if prefix else name).items()}
+    return {prefix: canonical_json(value).decode()}
+
+
+def _sweep(path: Path) -> None:
+    """Remove what dead attempts and dead writes left."""
+    shutil.rmtree(path / BUILD / _ATTEMPTS, ignore_errors=True)
+    for temp in path.rglob(".*.tmp"):
+        temp.unlink(missing_ok=True)
+
+
+def _remove_build(build: Path) -> None:
+    """Remove the build folder of a sealed store, unless its committer is just doing so."""
+    if build.is_dir():
+        with contextlib.suppress(StoreLocked):
+            take_lock(build / _LOCK)
+            shutil.rmtree(build, ignore_errors=True)
