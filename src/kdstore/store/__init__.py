@@ -1,24 +1,31 @@
-"""The feature store: plan, write, read, join and verify (no torch; the only package that imports zarr)."""
+"""The feature store: plan, write, read, join, verify (no torch; the only package that imports zarr)."""
 
 from __future__ import annotations
 
 from kdstore.store.join import Join, join_sources
 from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array
-from kdstore.store.plan import Plan, Unit
+from kdstore.store.plan import Plan, Unit, fingerprint_of
 from kdstore.store.reader import Store, open_store
+from kdstore.store.stats import store_stats
+from kdstore.store.verify import Damage, VerifyReport, verify_store
 from kdstore.store.writer import Attempt, StoreWriter
 
 __all__ = [
     "ArraySpec",
     "Attempt",
+    "Damage",
     "Join",
     "Plan",
     "Store",
     "StoreWriter",
     "Unit",
+    "VerifyReport",
     "embedding_array",
+    "fingerprint_of",
     "join_sources",
     "open_store",
     "scalar_array",
+    "store_stats",
     "token_array",
+    "verify_store",
 ]

@@ -186,7 +186,7 @@ class ArrayReader:
         descriptor = self._descriptor(chunk // self._spec.chunks_per_shard)
         done = 0
         while done < len(target):
-            read = os.preadv(descriptor.fd, [target[done:]], offset + done)
+            read = os.preadv(descriptor.fd, [target[done:].data], offset + done)
             if read == 0:
                 raise self._damaged(chunk, "ends early")
             done += read
@@ -212,7 +212,7 @@ def _map(owner: ArrayReader, fd: int, size: int) -> Bytes:
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), "cannot map a shard")
     weakref.finalize(owner, _LIBC.munmap, address, size).atexit = False
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 def _expected_crcs(manifest: Manifest, spec: ArraySpec) -> npt.NDArray[np.uint32]:

@@ -30,21 +30,21 @@ except ImportError:
     pass
 else:
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def _memcpy(typingctx: Any, target: Any, source: Any, size: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointers = [builder.inttoptr(address, cgutils.voidptr_t) for address in args[:2]]
-            cgutils.raw_memcpy(builder, *pointers, args[2], 1)
+            cgutils.raw_memcpy(builder, pointers[0], pointers[1], args[2], 1)  # type: ignore[no-untyped-call]
             return context.get_dummy_value()
 
         return types.void(types.uint64, types.uint64, types.int64), codegen
 
-    @numba.njit("void(uint64[::1], uint8[:, ::1])", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+    @numba.njit("void(uint64[::1], uint8[:, ::1])", nogil=True, cache=True)
     def copy_rows_compiled(addresses, out):  # type: ignore[no-untyped-def]
         """Do what `copy_rows_with_ctypes` does."""
         first = np.uint64(out.ctypes.data)
         size = out.shape[1]
         for i in range(out.shape[0]):
-            _memcpy(first + np.uint64(i * size), addresses[i], size)
+            _memcpy(first + np.uint64(i * size), addresses[i], size)  # type: ignore[call-arg]
 
     copy_rows = copy_rows_compiled

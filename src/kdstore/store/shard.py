@@ -48,7 +48,7 @@ class HashedFile:
         except OSError as e:
             raise disk_error(e, path) from e
 
-    def write(self, content: bytes | Bytes) -> None:
+    def write(self, content: bytes | memoryview) -> None:
         try:
             self._file.write(content)
         except OSError as e:
@@ -133,7 +133,7 @@ class ShardWriter:
             encoded = payload if self._spec.codecs == PLAIN else np.frombuffer(_ZSTD.encode(payload), np.uint8)
             crc = crc32c(encoded)
             self._index[len(self._crcs)] = self._file.size, len(encoded) + CRC_BYTES
-            self._file.write(encoded)
+            self._file.write(encoded.data)
             self._file.write(crc.to_bytes(CRC_BYTES, "little"))
             self._crcs.append(crc)
         self._buffered = 0

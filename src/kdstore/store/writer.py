@@ -147,13 +147,14 @@ class StoreWriter:
         """
         path = Path(path)
         specs = {spec.name: spec for spec in (*arrays, *(scalar_array(plan, f"{side}/valid", "uint8") for side in SIDES))}
-        asked = {
+        said = {
             "format": FORMAT,
             "identity": identity,
             "identity_digest": digest_of(identity),
             "plan": plan.summary(),
-            "arrays": {name: spec.to_metadata() for name, spec in sorted(specs.items())},
+            "arrays": {name: spec.to_metadata() for name, spec in specs.items()},
         }
+        asked = json.loads(canonical_json(said))  # sorted: the manifest's bytes must not depend on the order of a caller's dict
         build = path / BUILD
         if (path / MANIFEST).is_file():
             return cls._of_complete(path, plan, specs, asked)
@@ -224,7 +225,7 @@ class StoreWriter:
         write_json(self.path / "run.json", run)
         if stats is not None:
             write_json(self.path / "stats.json", stats)
-        self._digest = write_json(self.path / MANIFEST, {**self._asked, "files": files})
+        self._digest = write_json(self.path / MANIFEST, {**self._asked, "files": dict(sorted(files.items()))})
         shutil.rmtree(self.path / BUILD, ignore_errors=True)
         return self._digest
 
@@ -246,7 +247,7 @@ class StoreWriter:
         if self._record_path(unit).is_file():
             return
         try:
-            changed = set()
+            changed: set[Path] = set()
             for name in record["files"]:
                 target = self.path / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +297,6 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
 
 def _refuse_differences(path: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise IdentityMismatch with the fields that differ between what is asked for and what `path` holds."""
-    asked = json.loads(canonical_json(asked))
     parts = ("format", "identity", "plan", "arrays")
     there, here = _flat({part: found.get(part) for part in parts}), _flat({part: asked[part] for part in parts})
     fields = sorted(field for field in there.keys() | here.keys() if there.get(field, _ABSENT) != here.get(field, _ABSENT))
@@ -313,10 +313,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what dead attempts and dead writes left."""
+    """Remove what dead attempts and dead writes left, and the records of units whose files are no longer there."""
     shutil.rmtree(path / BUILD / _ATTEMPTS, ignore_errors=True)
     for temp in path.rglob(".*.tmp"):
         temp.unlink(missing_ok=True)
+    for record_path in (path / BUILD / _UNITS).glob("*.json"):
+        files = read_json(record_path)["files"]
+        if any(not (path / name).is_file() or (path / name).stat().st_size != entry["size"] for name, entry in files.items()):
+            record_path.unlink()
 
 
 def _remove_build(build: Path) -> None:
