@@ -29,6 +29,7 @@ class Objective(nn.Module):
         super().__init__()
         self.weights = parse_loss(loss)
         self.terms = terms_of(self.weights)
+        self.teacher_dim = teacher_dim
         self.teacher_scale = math.nan if teacher_scale is None else teacher_scale
         self.image_projector: nn.Module = nn.Identity()
         self.text_projector: nn.Module = nn.Identity()
@@ -41,7 +42,13 @@ class Objective(nn.Module):
         self.cross_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07))) if has_scale else None
 
     def forward(
-        self, image_BS: Tensor, text_BS: Tensor, scale: Tensor, positives_BB: Tensor, teacher_image_BD: Tensor | None = None, teacher_text_BD: Tensor | None = None
+        self,
+        image_BS: Tensor,
+        text_BS: Tensor,
+        scale: Tensor,
+        positives_BB: Tensor,
+        teacher_image_BD: Tensor | None = None,
+        teacher_text_BD: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum and the unweighted value of each term.
 

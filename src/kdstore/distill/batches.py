@@ -1,0 +1,177 @@
+"""The plan of batches and the threads that prepare them ahead of the training step.
+
+What a step trains on is a pure function of (seed, step): a permutation of the pairs per epoch, and one caption per (seed, epoch, pair), drawn by a
+counter-based hash. So batches depend neither on the number of threads nor on the version of NumPy, and a run resumes at any step. The short last batch of an
+epoch is dropped, because contrastive terms would change their meaning in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdstore.data.source import Source, UndecodableImage
+from kdstore.distill.pairs import Pairs, Rows
+from kdstore.distill.targets import Targets
+from kdstore.distill.views import Kept, Pixels
+from kdstore.errors import ConfigError, JoinError, SourceError
+
+ORDER, CAPTION = 1, 2  # what a hash is drawn for
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which pairs make which batch."""
+
+    num_pairs: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_pairs < self.batch_size:
+            raise ConfigError(
+                f"A batch takes {self.batch_size} pairs, but only {self.num_pairs} can be trained on.", f"Set a batch_size of at most {self.num_pairs}."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_pairs // self.batch_size
+
+    @property
+    def dropped(self) -> int:
+        """Pairs in the short last batch of every epoch, another choice each time."""
+        return self.num_pairs % self.batch_size
+
+    def epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def batch(self, step: int) -> Rows:
+        """Return the pairs [B] of a step."""
+        start = step % self.steps_per_epoch * self.batch_size
+        return permutation(self.num_pairs, self.seed, self.epoch(step))[start : start + self.batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(num_pairs: int, seed: int, epoch: int) -> Rows:
+    """Return the order [P] of all pairs in an epoch."""
+    return np.argsort(draw(seed, epoch, ORDER, np.arange(num_pairs)), kind="stable")
+
+
+def draw(seed: int, epoch: int, purpose: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Return one uniform 64-bit number per row: SplitMix64's finaliser (Steele et al. 2014) applied to each part in turn."""
+    state = np.zeros(1, np.uint64)
+    for part in (seed, epoch, purpose, rows):
+        state = _mix(state ^ np.atleast_1d(part).astype(np.uint64))
+    return state
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch, ready for the step: kept views [B, C, H, W], tokens [B, L], and the number of each caption among the batch's captions [B]."""
+
+    views_BCHW: Tensor
+    tokens_BL: Tensor
+    caption_ids_B: Tensor
+    teacher_image_BD: Tensor | None = None
+    teacher_text_BD: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to `device`, without waiting where the batch is pinned."""
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self._tensors()))  # type: ignore[arg-type]
+
+    def pinned(self) -> Batch:
+        """Copy to page-locked memory."""
+        return Batch(*(None if t is None else t.pin_memory() for t in self._tensors()))  # type: ignore[arg-type]
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.views_BCHW, self.tokens_BL, self.caption_ids_B, self.teacher_image_BD, self.teacher_text_BD
+
+
+@dataclass(frozen=True, eq=False)
+class Maker:
+    """Makes the batch of a step; called from several threads, in any order."""
+
+    plan: BatchPlan
+    pairs: Pairs
+    source: Source
+    targets: Targets | None
+    keep: Callable[..., Pixels]
+    tokenizer: Callable[[list[str]], Tensor]
+    kept: Kept
+    pin: bool = False
+    one_tokenizer: threading.Lock = field(default_factory=threading.Lock)  # tokenizers of transformers are not thread-safe
+
+    def __call__(self, step: int) -> Batch:
+        pairs_B = self.plan.batch(step)
+        text_rows_B = self.text_rows(step)
+        numbers: dict[str, int] = {}
+        caption_ids = [numbers.setdefault(self.pairs.captions[row], len(numbers)) for row in text_rows_B.tolist()]
+        batch = Batch(
+            torch.from_numpy(self.kept.get("view", pairs_B.tolist(), self._views)),
+            torch.from_numpy(self.kept.get("tokens", text_rows_B.tolist(), self._tokens)).long(),
+            torch.tensor(caption_ids),
+            None if self.targets is None else torch.from_numpy(self.targets.image_embeddings(self.pairs.target_rows[pairs_B])),
+            None if self.targets is None else torch.from_numpy(self.targets.text_embeddings(text_rows_B)),
+        )
+        return batch.pinned() if self.pin else batch
+
+    def text_rows(self, step: int) -> Rows:
+        """Return the text row [B] of the caption that each pair of a step shows."""
+        pairs_B = self.plan.batch(step)
+        start, stop = self.pairs.text_offsets[pairs_B], self.pairs.text_offsets[pairs_B + 1]
+        choice = draw(self.plan.seed, self.plan.epoch(step), CAPTION, pairs_B) % (stop - start).astype(np.uint64)
+        return self.pairs.text_rows[start + choice.astype(np.int64)]
+
+    def _views(self, pairs: list[int]) -> list[Pixels]:
+        return [self._view(pair) for pair in pairs]
+
+    def _view(self, pair: int) -> Pixels:
+        row, target = int(self.pairs.source_rows[pair]), int(self.pairs.target_rows[pair])
+        try:
+            loaded = self.source.image(row)
+        except UndecodableImage as e:
+            raise SourceError(
+                f"Image {self.source.key(row)} cannot be decoded: {e.reason}.", "Extract a store of this data and give it as --cache: it leaves bad images out."
+            ) from e
+        if self.pairs.sha256 is not None and (expected := self.pairs.sha256[target].as_py()) != loaded.sha256:
+            raise JoinError(
+                f"Image {self.source.key(row)} is not the one the store was extracted from: expected sha256 {expected[:12]}, found {loaded.sha256[:12]}.",
+                'Give the original data, or accept targets of other images with --set changed_images="allow".',
+            )
+        return self.keep(loaded.image)
+
+    def _tokens(self, text_rows: list[int]) -> list[npt.NDArray[np.int32]]:
+        with self.one_tokenizer:
+            return list(self.tokenizer([self.pairs.captions[row] for row in text_rows]).to(torch.int32).numpy())
+
+
+def read_ahead(make: Callable[[int], Batch], steps: range, threads: int) -> Generator[Batch, None, None]:
+    """Yield the batches of `steps` in order, each made by one of `threads` threads, at most twice as many ahead."""
+    waiting: deque[Future[Batch]] = deque()
+    remaining = iter(steps)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="batch")
+    try:
+        waiting.extend(pool.submit(make, step) for step in itertools.islice(remaining, 2 * threads))
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(make, step) for step in itertools.islice(remaining, 1))
+            yield batch
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,79 @@
+"""The settings of a distillation; apart from the code that uses them, so that reading a recipe imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdstore.errors import ConfigError, UnknownName
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Settings of a run; those named in `MACHINE` do not decide its result and may differ when it is resumed."""
+
+    cache: str | None = None  # the store; without one the loss must be the task alone
+    data: str | None = None  # the source of images; default: the one that the store records
+    student: str = "ViT-T-16"
+    loss: str = "clip-kd"
+    out: str | None = None  # default: runs/<student>_<loss>_<store>_seed<seed>
+    resume: bool = False
+    samples: int | None = None  # pairs seen in all; give this or epochs
+    epochs: int | None = None  # default: 32, as CLIP-KD
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    warmup: float = 0.05  # share of all steps
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
+    seed: int = 0
+    projector: str = "auto"  # auto: where the widths differ; always: for comparisons across teachers
+    positives: str = "equal-captions"  # literal: a pair is positive to itself alone
+    changed_images: str = "refuse"  # allow: train on images whose bytes are not those that the teacher saw
+    precision: str = "auto"  # fp32 on the CPU, mixed bf16 or fp16 on a GPU
+    device: str = "auto"
+    threads: int = 2  # that read and decode ahead
+    memory_gib: float = 2.0  # for views and tokens kept for later epochs
+    log_every: int = 10  # steps
+    save_every: int = 1000  # steps
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UnknownName.of(f"value of {name}", getattr(self, name), known)
+        if self.samples is not None and self.epochs is not None:
+            raise ConfigError(f"Both samples ({self.samples}) and epochs ({self.epochs}) are given.", "Give one of them.")
+        if self.samples is not None and self.samples < self.batch_size:
+            raise ConfigError(f"{self.samples} samples are less than one batch of {self.batch_size}.", "Raise samples or lower batch_size.")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < high:
+                raise ConfigError(f"{name} must be at least {low:g} and below {high:g}, found {value}.", f"Correct {name}.")
+
+    @property
+    def run_path(self) -> Path:
+        """The run folder: `out` or its default."""
+        teacher = Path(self.cache).resolve().name if self.cache else "no-teacher"
+        name = f"{self.student}_{self.loss}_{teacher}_seed{self.seed}"
+        return Path(self.out) if self.out else Path("runs") / "".join(c if c.isalnum() or c in "._-+" else "-" for c in name.replace(" ", ""))
+
+
+CHOICES = {
+    "projector": ("auto", "always"),
+    "positives": ("equal-captions", "literal"),
+    "changed_images": ("refuse", "allow"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+}
+
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("epochs", "batch_size", "threads", "log_every", "save_every"), (1, 2**40)),
+    **dict.fromkeys(("lr", "weight_decay", "grad_clip", "memory_gib"), (0, 1e9)),
+    **dict.fromkeys(("beta1", "beta2", "warmup"), (0, 1)),
+    "eps": (1e-30, 1),
+    "seed": (0, 2**63),
+}
+
+MACHINE = ("cache", "data", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every")
+"""Left out of what decides a result; the store enters by its digest and the source by its resolved spec, not by their paths."""

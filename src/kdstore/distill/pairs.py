@@ -1,0 +1,74 @@
+"""Which image-caption pairs a run trains on: the rows of a source, joined by key with the valid rows of a store.
+
+Without a store they are all rows of the source. Every image that is left out is counted under its reason; rows are never matched by order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kdstore.data.source import Source
+from kdstore.store import Store, join_sources
+
+Rows = npt.NDArray[np.int64]
+PROBE = "probe"  # captions that test a teacher and are not trained on
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """P images with their captions.
+
+    `source_rows` [P] are rows of the source, `target_rows` [P] the image rows of the same images in the targets. The captions of image p are the text rows
+    `text_rows[text_offsets[p]:text_offsets[p + 1]]`, which index `captions` and the targets alike. `sha256` holds what the targets saw, by target row.
+    """
+
+    source_rows: Rows
+    target_rows: Rows
+    text_rows: Rows
+    text_offsets: Rows
+    captions: list[str]
+    sha256: pa.ChunkedArray | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.source_rows)
+
+
+def pairs_of_source(source: Source) -> Pairs:
+    """All pairs of a source that have a caption; image and text rows are numbered in its order."""
+    by_image = [source.captions(i) for i in range(len(source))]
+    captions = [caption for of_image in by_image for caption in of_image]
+    offsets = np.cumsum([0, *(len(of_image) for of_image in by_image)], dtype=np.int64)
+    rows = np.arange(len(source), dtype=np.int64)
+    has, text_rows, text_offsets = _usable_texts(rows, offsets, np.array([caption.kind != PROBE for caption in captions], bool))
+    return Pairs(rows[has], rows[has], text_rows, text_offsets, [caption.text for caption in captions], None, _counts({"without a caption": ~has}))
+
+
+def pairs_of_store(store: Store, source: Source) -> Pairs:
+    """The pairs that store and source share by key, whose image and caption are valid in the store; raises JoinError if they share none."""
+    source_row_of_store = join_sources(store, source).source_row_of_store
+    there, valid = source_row_of_store >= 0, store.image_valid
+    rows = np.flatnonzero(there & valid).astype(np.int64)
+    usable = store.text_valid & (store.index("text", "kind").to_numpy() != PROBE)
+    has, text_rows, text_offsets = _usable_texts(rows, store.offsets, usable)
+    left_out = _counts({"not in the source": ~there, "not valid in the store": there & ~valid, "without a caption": ~has})
+    return Pairs(source_row_of_store[rows[has]], rows[has], text_rows, text_offsets, store.captions(), store.index("image", "sha256"), left_out)
+
+
+def _usable_texts(rows: Rows, offsets: Rows, usable: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], Rows, Rows]:
+    """Say which image `rows` have a usable text, and give the usable text rows of those images with their offsets."""
+    before = np.concatenate([[0], np.cumsum(usable)])  # usable texts before each text row
+    starts, stops = before[offsets[rows]], before[offsets[rows + 1]]
+    has = stops > starts
+    counts = (stops - starts)[has]
+    text_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    ranks = np.arange(text_offsets[-1]) - np.repeat(text_offsets[:-1], counts) + np.repeat(starts[has], counts)
+    return has, np.flatnonzero(usable)[ranks].astype(np.int64), text_offsets
+
+
+def _counts(left_out: dict[str, npt.NDArray[np.bool_]]) -> dict[str, int]:
+    return {reason: int(rows.sum()) for reason, rows in left_out.items() if rows.any()}

@@ -1,0 +1,102 @@
+"""The folder of a run: what is in it, whether it may be continued, its checkpoint and its logs.
+
+- `config.json`: the settings that decide the result, written first
+- `checkpoint.pt`: everything that a run needs to go on as if never stopped
+- `log.jsonl` and `tensorboard/`: the same numbers twice
+- `open_clip_config.json`, `open_clip_model.safetensors`: the student, as open_clip's `local-dir:` reads it
+- `run.json`: provenance, written last, so that a folder with it holds a finished run
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from kdstore.errors import RunError
+from kdstore.jsonfile import digest_of, disk_error, read_json, write_bytes, write_json
+
+CONFIG, CHECKPOINT, LOG, TENSORBOARD, RUN = "config.json", "checkpoint.pt", "log.jsonl", "tensorboard", "run.json"
+
+
+def run_state(path: Path, settings: dict[str, Any], *, resume: bool) -> Literal["new", "unfinished", "finished"]:
+    """Say what the folder of a run holds; raises RunError for another run, something else, or an unfinished run without `resume`. Writes nothing."""
+    if not (path / CONFIG).is_file():
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path} is neither empty nor a run.", "Choose another --out.")
+        return "new"
+    found = read_json(path / CONFIG, RunError)
+    if found.pop("digest") != digest_of(settings):
+        differing = [name for name in sorted(settings.keys() | found.keys()) if settings.get(name) != found.get(name)]
+        said = "; ".join(f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here" for name in differing)
+        raise RunError(f"{path} holds another run: {said}.", "Choose another --out, or the settings of that run.")
+    if (path / RUN).is_file():
+        return "finished"
+    if not (path / CHECKPOINT).is_file():
+        return "new"
+    if not resume:
+        raise RunError(f"{path} holds an unfinished run.", "Add --resume to continue it, or choose another --out.")
+    return "unfinished"
+
+
+def begin_run(path: Path, settings: dict[str, Any]) -> None:
+    """Create the folder of a run and write its settings."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise disk_error(e, path) from e
+    write_json(path / CONFIG, settings)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write the checkpoint so that a crash leaves the old or the new one."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_bytes(path / CHECKPOINT, content.getvalue())
+
+
+def load_checkpoint(path: Path, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Read a checkpoint without running code from it; raises RunError if it is damaged or of another run."""
+    try:
+        state: dict[str, Any] = torch.load(path / CHECKPOINT, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+        raise RunError(f"{path / CHECKPOINT} cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120]}).", "Remove it to start this run again.") from e
+    if state.get("settings") != digest_of(settings):
+        raise RunError(f"{path / CHECKPOINT} belongs to another run than {path / CONFIG}.", "Remove it to start this run again.")
+    return state
+
+
+def export_student(path: Path, clip: nn.Module, config: dict[str, Any]) -> None:
+    """Write the student so that `open_clip.create_model("local-dir:PATH")` loads it; `config` is open_clip's, with `model_cfg` and `preprocess_cfg`."""
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in clip.state_dict().items()}
+    write_bytes(path / "open_clip_model.safetensors", save(weights))
+    write_bytes(path / "open_clip_config.json", json.dumps(config, indent=1).encode() + b"\n")
+
+
+class Log:
+    """The numbers of a run, as JSON lines and for TensorBoard; opened at step k it forgets what an interrupted run wrote after k."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = (path / LOG).read_bytes().splitlines(keepends=True) if step and (path / LOG).is_file() else []
+        write_bytes(path / LOG, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
+        self._lines = open(path / LOG, "a")  # noqa: SIM115 (held open for the whole run)
+        self._board = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
+
+    def write(self, values: dict[str, float]) -> None:
+        """Append the numbers of `values["step"]`."""
+        self._lines.write(json.dumps(values) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(values["step"]))
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()

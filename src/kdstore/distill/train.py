@@ -1,0 +1,163 @@
+"""Distilling a student: from the settings to a run folder that open_clip loads.
+
+One process and one device. The teacher is never here: its embeddings come from a store (in tests from anything that is `Targets`), gathered by the threads
+that also prepare the views, so that a step costs what it costs without a teacher. The settings alone decide a run: stopped and resumed, it gives the same
+bits on the same machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kdstore
+from kdstore.config import as_dict
+from kdstore.data.source import Source
+from kdstore.data.sources import open_source
+from kdstore.distill.batches import BatchPlan, Maker
+from kdstore.distill.config import MACHINE, DistillConfig
+from kdstore.distill.loop import Training, train
+from kdstore.distill.losses import feature_weight, needs_of, parse_loss
+from kdstore.distill.objective import Objective
+from kdstore.distill.optimiser import choose_precision
+from kdstore.distill.pairs import Pairs, pairs_of_source, pairs_of_store
+from kdstore.distill.runfolder import RUN, begin_run, export_student, load_checkpoint, run_state
+from kdstore.distill.targets import StoreTargets, Targets
+from kdstore.distill.views import Kept, split_preprocess
+from kdstore.errors import ConfigError, RunError
+from kdstore.jsonfile import digest_of, read_json, write_json
+from kdstore.models.load import DTYPES, Model, load_model, parameter_counts, pick_device
+from kdstore.progress import OnProgress, silent
+from kdstore.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """A finished run: its folder, what it took, and the numbers of its last step (`losses`: loss, each term, grad_norm, logit_scale)."""
+
+    path: Path
+    steps: int
+    samples: int
+    seconds: float
+    samples_per_second: float
+    waiting: float  # share of the time in which a step waited for data
+    losses: dict[str, float]
+    already_done: bool = False
+
+
+def distill(config: DistillConfig, *, source: Source | None = None, targets: Targets | None = None, on_progress: OnProgress = silent) -> DistillResult:
+    """Train a student as `config` says and leave it in its run folder.
+
+    `source` replaces the one that `data` names; `targets` replace the store's features, their rows numbered as the source's. A finished run of the same
+    settings is left as it is and its result returned. Ctrl-C lets the step end and saves a checkpoint.
+
+    Raises ConfigError, MissingFeature, JoinError, SourceError and RunError before the first step; RunError for a loss that is not finite, and for Ctrl-C with
+    the way to go on.
+    """
+    needs = needs_of(parse_loss(config.loss))
+    if needs and config.cache is None and targets is None:
+        raise ConfigError(f"The loss '{config.loss}' needs a teacher's {', '.join(needs)}, but there is no store.", "Give --cache STORE, or --loss none.")
+    store = None if config.cache is None else open_store(config.cache)
+    if store is not None and targets is None and needs:
+        targets = StoreTargets(store, needs)
+    source = source or _open_source(config, store)
+    device = pick_device(config.device)
+    settings = _settings(config, store, source, targets, choose_precision(config.precision, device))
+    state = run_state(config.run_path, settings, resume=config.resume)
+    if state == "finished":
+        return _finished(config.run_path, on_progress)
+
+    pairs = pairs_of_source(source) if store is None else pairs_of_store(store, source)
+    if config.changed_images == "allow":
+        pairs = dataclasses.replace(pairs, sha256=None)
+    plan = BatchPlan(len(pairs), config.batch_size, config.seed)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model = load_model(config.student, untrained=True, seed=config.seed, device=str(device))
+        keep, finish = split_preprocess(model.preprocess)
+        training = _start(config, model, targets if needs else None, plan, finish, DTYPES[settings["precision"]])
+        if state == "unfinished":
+            training.restore(load_checkpoint(config.run_path, settings, device))
+        else:
+            begin_run(config.run_path, settings)
+        kept = Kept(int(config.memory_gib * 2**30))
+        make = Maker(plan, pairs, source, targets if needs else None, keep, model.tokenizer, kept, pin=device.type == "cuda")
+        train(training, make, config.run_path, digest_of(settings), on_progress)
+    export_student(config.run_path, model.clip.eval(), model.config)
+    result = _result(config.run_path, training)
+    write_json(config.run_path / RUN, _provenance(settings, store, pairs, plan, model, training, result))
+    return result
+
+
+def _open_source(config: DistillConfig, store: Store | None) -> Source:
+    if config.data is not None:
+        return open_source(config.data)
+    if store is None:
+        raise ConfigError("A student without a teacher needs images.", "Give --data SOURCE.")
+    return open_source(store.identity["source"]["spec"])
+
+
+def _settings(config: DistillConfig, store: Store | None, source: Source, targets: Targets | None, precision: str) -> dict[str, Any]:
+    """All that decides the result of a run, so that a run folder is continued by the same run only."""
+    chosen = {name: value for name, value in as_dict(config).items() if name not in MACHINE}
+    features = store.digest if store is not None else None if targets is None else type(targets).__name__
+    return {**chosen, "precision": precision, "store": features, "source": source.spec}
+
+
+def _finished(path: Path, on_progress: OnProgress) -> DistillResult:
+    found = read_json(path / RUN, RunError)["result"]
+    on_progress("distill", found["steps"], found["steps"], f"{path} is finished already")
+    return DistillResult(path=path, already_done=True, **found)
+
+
+def _start(config: DistillConfig, model: Model, targets: Targets | None, plan: BatchPlan, finish: Any, precision: torch.dtype) -> Training:
+    objective = Objective(
+        config.loss,
+        student_dim=model.embed_dim,
+        teacher_dim=None if targets is None else targets.dim,
+        teacher_scale=None if targets is None else targets.logit_scale,
+        projector=config.projector,
+        seed=config.seed,
+    ).to(model.device)
+    steps = config.samples // config.batch_size if config.samples else (config.epochs or 32) * plan.steps_per_epoch
+    model.clip.train()
+    torch.manual_seed(config.seed)  # dropout of the student does not depend on how much its initialisation drew
+    return Training(config, steps, model.clip, objective, finish, model.device, precision)
+
+
+def _result(path: Path, t: Training) -> DistillResult:
+    samples = t.steps * t.config.batch_size
+    return DistillResult(path, t.steps, samples, t.seconds, samples / t.seconds, t.waited / t.seconds, t.latest)
+
+
+def _provenance(
+    settings: dict[str, Any], store: Store | None, pairs: Pairs, plan: BatchPlan, model: Model, t: Training, result: DistillResult
+) -> dict[str, Any]:
+    """What run.json says: where the student comes from and what making it took."""
+    objective, projector = t.objective, t.objective.image_projector
+    return {
+        "stage": "distill",
+        "settings": settings,
+        "settings_digest": digest_of(settings),
+        "config": as_dict(t.config),
+        "store": None if store is None else {"path": str(store.path), "digest": store.digest, "identity": store.identity},
+        "pairs": {"used": len(pairs), "left_out": pairs.left_out, "dropped_per_epoch": plan.dropped, "epochs": t.steps / plan.steps_per_epoch},
+        "loss": {
+            "terms": objective.weights,
+            "weight_on_one_minus_cos": None if objective.teacher_dim is None else feature_weight(objective.weights, objective.teacher_dim),
+            "projector": [projector.in_features, projector.out_features] if isinstance(projector, torch.nn.Linear) else None,
+        },
+        "student": {"name": model.name.name, "config": model.config, "parameters": parameter_counts(model.clip)},
+        "result": {name: value for name, value in as_dict(result).items() if name not in ("path", "already_done")},
+        "machine": {"device": str(t.device), "platform": platform.platform(), "threads": torch.get_num_threads()},
+        "versions": {
+            "kdstore": kdstore.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "open_clip_torch", "numpy", "pillow")},
+        },
+    }
