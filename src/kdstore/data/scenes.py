@@ -35,6 +35,7 @@ COLORS = tuple(HUES)
 FILLS = ("solid", "striped", "hollow")
 RADII = {"small": (5.5, 7.5), "large": (10.0, 13.0)}  # pixels
 SIZES = tuple(RADII)
+ATTRIBUTES: dict[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS, "fill": FILLS, "size": SIZES}
 QUESTION_TYPES = ("exist", "count", "query color", "query shape", "relation", "compare")
 NUMBER_WORDS = {1: "a", 2: "two", 3: "three", 4: "four", 5: "five"}
 
@@ -111,40 +112,42 @@ class _Dice:
         return [left.pop(self.index(len(left))) for _ in range(len(left))]
 
 
+@functools.lru_cache(maxsize=2**15)
 def make_scene(split: str, index: int, attempt: int = 0) -> Scene:
     """Return scene `index` of a split; other attempts are other scenes for the same index (used to keep captions unique)."""
     if split not in SPLITS:
         raise UnknownName.of("scenes split", split, SPLITS)
     dice = _Dice("scenes-1", split, index, attempt)
     while True:
-        scene = _draw_scene(dice, fewest=3 if split == "retrieval" else 2)
-        if scene is not None and _content_hash(scene) % 16 in SPLITS[split]:
-            return scene
+        counted, names = _draw_names(dice, fewest=3 if split == "retrieval" else 2)
+        if _content_hash(names) % 16 not in SPLITS[split]:
+            continue
+        things: list[Thing] = []
+        for attributes in names:
+            thing = _place(dice, attributes, things)
+            if thing is None:
+                break
+            things.append(thing)
+        else:
+            return Scene(tuple(things), dice.index(2**32), counted)
 
 
-def _content_hash(scene: Scene) -> int:
+def _content_hash(names: list[dict[str, str]]) -> int:
     """Hash what twins share: the multiset of every attribute."""
-    content = "|".join(",".join(sorted(getattr(t, a) for t in scene.things)) for a in ("shape", "color", "size", "fill"))
+    content = "|".join(",".join(sorted(n[a] for n in names)) for a in ATTRIBUTES)
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
 
 
-def _draw_scene(dice: _Dice, fewest: int) -> Scene | None:
-    """Draw a scene whose planned count question has an answer that its text cannot tell; None where the objects do not fit."""
+def _draw_names(dice: _Dice, fewest: int) -> tuple[tuple[str, str], list[dict[str, str]]]:
+    """Draw a count question whose text cannot tell its answer, and the attributes of objects that give it that answer."""
     attribute = dice.pick(("shape", "color", "fill"))
-    options: dict[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS, "fill": FILLS, "size": SIZES}
-    counted = dice.pick(options[attribute])
+    counted = dice.pick(ATTRIBUTES[attribute])
     answer = 1 + dice.index(4)
     total = max(answer, fewest) + dice.index(6 - max(answer, fewest))
-    others = [v for v in options[attribute] if v != counted]
+    others = [v for v in ATTRIBUTES[attribute] if v != counted]
     chosen = [counted] * answer + [dice.pick(others) for _ in range(total - answer)]
-    things: list[Thing] = []
-    for value in dice.shuffled(chosen):
-        names = {a: value if a == attribute else dice.pick(v) for a, v in options.items()}
-        thing = _place(dice, names, things)
-        if thing is None:
-            return None
-        things.append(thing)
-    return Scene(tuple(things), dice.index(2**32), (attribute, counted))
+    names = [{a: value if a == attribute else dice.pick(v) for a, v in ATTRIBUTES.items()} for value in dice.shuffled(chosen)]
+    return (attribute, counted), names
 
 
 def _place(dice: _Dice, names: dict[str, str], placed: list[Thing]) -> Thing | None:
@@ -203,9 +206,9 @@ def _ground(words: np.ndarray, unit: np.ndarray) -> Image.Image:
     """Blend two tints by blurred noise with waves across it."""
     first, second = (_rgb(360 * unit[i], 0.45 * unit[i + 1], 0.2 + 0.6 * unit[i + 2]) for i in (0, 3))
     noise = Image.fromarray(words[:8].view(np.uint8).reshape(8, 8)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
-    waves = np.sin((x * np.cos(7 * unit[6]) + y * np.sin(7 * unit[6])) * (0.3 + unit[7])) * 60 * unit[8]
-    blend = Image.fromarray(np.clip(np.asarray(noise) + waves, 0, 255).astype(np.uint8))
+    across, down = (np.arange(IMAGE_SIZE) * (0.3 + unit[7]) * turn for turn in (np.cos(7 * unit[6]), np.sin(7 * unit[6])))
+    waves = np.outer(np.cos(down), np.sin(across)) + np.outer(np.sin(down), np.cos(across))  # the sine of the sum
+    blend = Image.fromarray(np.clip(np.asarray(noise) + 60 * unit[8] * waves, 0, 255).astype(np.uint8))
     return Image.composite(Image.new("RGB", blend.size, first), Image.new("RGB", blend.size, second), blend)
 
 
@@ -456,11 +459,17 @@ class Scenes:
         return captions(self.scene(i), self.split, i)
 
     def image(self, i: int) -> LoadedImage:
-        image = draw(self.scene(i))
-        return LoadedImage(image, hashlib.sha256(image.tobytes()).hexdigest())
+        pixels = _pixels(self.split, i, self._attempts.get(i, 0))
+        image = Image.frombytes("RGB", (IMAGE_SIZE, IMAGE_SIZE), pixels)
+        return LoadedImage(image, hashlib.sha256(pixels).hexdigest())
 
     def questions(self, i: int) -> tuple[Question, ...]:
         return questions(self.split, i, self.scene(i))
+
+
+@functools.lru_cache(maxsize=2**14)  # 200 MB at most: every stage of a demo reads the same pictures
+def _pixels(split: str, index: int, attempt: int) -> bytes:
+    return draw(make_scene(split, index, attempt)).tobytes()
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,190 @@
+"""Load an open_clip model and say exactly which one it is.
+
+Weights are always loaded in float32 on the CPU, hashed, and only then moved: the hash names the tensors, not the file or the precision.
+Half precision is autocast at encoding, so one identity serves every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from kdstore.errors import ConfigError, ModelError
+from kdstore.jsonfile import digest_of
+from kdstore.models.names import ModelName, resolve
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Model:
+    """An open_clip model in eval mode with its own preprocessing and tokenizer.
+
+    `config` is open_clip's `{"model_cfg", "preprocess_cfg"}`; `identity` has the sub-digests `teacher`, `preprocessing`, `tokenizer`.
+    """
+
+    clip: torch.nn.Module
+    name: ModelName
+    config: dict[str, Any]
+    preprocess: Callable[[Any], torch.Tensor]
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    device: torch.device
+    precision: str
+    identity: dict[str, Any]
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.config["model_cfg"]["embed_dim"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images it reads, in pixels."""
+        size = self.clip.visual.image_size
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    @property
+    def logit_scale(self) -> float:
+        """The scale that logits are multiplied by (stored as its logarithm)."""
+        return float(self.clip.logit_scale.detach().exp().item())
+
+    @property
+    def logit_bias(self) -> float | None:
+        bias = getattr(self.clip, "logit_bias", None)
+        return None if bias is None else float(bias.detach().item())
+
+
+def load_model(
+    name: str,
+    pretrained: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    untrained: bool = False,
+    seed: int = 0,
+) -> Model:
+    """Load a model by name (see `names.resolve`); `untrained` draws random weights from `seed` instead.
+
+    Raises UnknownName and ModelError as `resolve` does, and ModelError where weights cannot be found or do not fit.
+    """
+    resolved = resolve(name, pretrained, untrained=untrained)
+    target = pick_device(device)
+    if precision not in DTYPES:
+        raise ConfigError(f"Unknown precision '{precision}'.", f"Known: {', '.join(DTYPES)}.")
+    clip, config = _build(resolved, untrained, seed)
+    with _quiet():
+        tokenizer = open_clip.get_tokenizer(resolved.open_clip_name)
+    # Built from the config alone, so that what was hashed is what runs.
+    preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
+    clip.eval()
+    model = Model(clip, resolved, config, preprocess, tokenizer, target, precision, {})
+    model.identity = _identity(model, untrained, seed)
+    clip.to(target)
+    return model
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device asked for; `auto` takes a GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"The device '{device}' cannot be used: {str(e).splitlines()[0]}.", "Use --device cpu.") from e
+    return chosen
+
+
+def _build(resolved: ModelName, untrained: bool, seed: int) -> tuple[torch.nn.Module, dict[str, Any]]:
+    if untrained:
+        torch.manual_seed(seed)
+    options = {"load_weights": False, "pretrained_text": False} if untrained else {"require_pretrained": True}
+    try:
+        with _quiet():
+            model_config = open_clip.get_model_config(resolved.open_clip_name)
+            clip = open_clip.create_model(resolved.open_clip_name, pretrained=resolved.pretrained, **options)
+    except KeyboardInterrupt:
+        raise
+    except Exception as e:  # open_clip lets through whatever the hub client, torch, safetensors or its own checks raise
+        raise ModelError(f"Cannot load {resolved.name}: {_first_line(e)}", _loading_hint(resolved)) from e
+    return clip, {"model_cfg": model_config, "preprocess_cfg": dict(clip.visual.preprocess_cfg)}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2])[:300].rstrip(".:") + "."
+
+
+def _loading_hint(resolved: ModelName) -> str:
+    if resolved.pretrained and not Path(resolved.pretrained).is_file():
+        return "Check the network, or download the weights elsewhere and give the file with --pretrained FILE."
+    return "Check that the weights belong to this architecture."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence open_clip's warnings for the cases that are errors of ours or that were asked for."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)
+
+
+def _identity(model: Model, untrained: bool, seed: int) -> dict[str, Any]:
+    """Sub-digests of what decides a feature: architecture with its activation, tensors, scale and bias; preprocessing; tokenizer."""
+    activation = "quick_gelu" if any(type(m).__name__ == "QuickGELU" for m in model.clip.modules()) else "gelu"
+    teacher = {
+        "name": model.name.name,
+        "config": model.config["model_cfg"],
+        "activation": activation,
+        "weights_sha256": weights_sha256(model.clip),
+        "untrained_seed": seed if untrained else None,
+        "embed_dim": model.embed_dim,
+        "logit_scale": model.logit_scale,
+        "logit_bias": model.logit_bias,
+    }
+    preprocessing = json.loads(json.dumps(model.config["preprocess_cfg"]))
+    return {
+        "teacher": {**teacher, "digest": digest_of({k: v for k, v in teacher.items() if k != "name"})},
+        "preprocessing": {**preprocessing, "digest": digest_of(preprocessing)},
+        "tokenizer": _tokenizer_identity(model),
+    }
+
+
+def _tokenizer_identity(model: Model) -> dict[str, Any]:
+    """Name the tokenizer by class and by what it makes of a fixed text: robust to where its files lie."""
+    probe = ["a photo of two dogs, 3 cats & an owl -- 'naive' cafe"]
+    tokens = model.tokenizer(probe)
+    identity = {"class": type(model.tokenizer).__name__, "context_length": int(tokens.shape[1]), "probe": tokens[0].tolist()}
+    return {**identity, "digest": digest_of(identity)}
+
+
+def weights_sha256(module: torch.nn.Module) -> str:
+    """Hash a module's tensors in name order: name, dtype, shape and bytes of each (hex)."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        h.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        h.update(value.view(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+    return h.hexdigest()
+
+
+def parameter_counts(clip: torch.nn.Module) -> dict[str, int]:
+    """Count parameters, in all and without the token embedding (most of a small CLIP)."""
+    total = sum(p.numel() for p in clip.parameters())
+    embedding = sum(p.numel() for n, p in clip.named_parameters() if n.endswith(("token_embedding.weight", "word_embeddings.weight")))
+    return {"total": total, "without_token_embedding": total - embedding}
