@@ -13,9 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdstore.distill.losses import LOSSES, Features, Recipe, Term, crd, feature_weight, needs_of, parse_loss, teacher_ce
+from kdstore.distill.losses import LOSSES, Features, Recipe, Term, crd, feature_weight, icl_exp, needs_of, parse_loss, teacher_ce
 from kdstore.distill.losses import icl as literal_icl
-from kdstore.distill.losses import icl_exp
 from kdstore.distill.objective import Objective, positives
 from kdstore.errors import ConfigError, UnknownName
 

@@ -84,7 +84,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch, ready for the step: kept views [B, C, H, W], tokens [B, L], and the number of each caption among the batch's captions [B]."""
+    """One batch, ready for the step: kept views [B, C, H, W], tokens [B, L], and the id of each caption [B]."""
 
     views_BCHW: Tensor
     tokens_BL: Tensor
@@ -121,12 +121,11 @@ class Maker:
     def __call__(self, step: int) -> Batch:
         pairs_B = self.plan.batch(step)
         text_rows_B = self.text_rows(step)
-        numbers: dict[str, int] = {}
-        caption_ids = [numbers.setdefault(self.pairs.captions[row], len(numbers)) for row in text_rows_B.tolist()]
+        caption_ids_B = self.pairs.caption_ids[text_rows_B]
         batch = Batch(
             torch.from_numpy(self.kept.get("view", pairs_B.tolist(), self._views)),
-            torch.from_numpy(self.kept.get("tokens", text_rows_B.tolist(), self._tokens)).long(),
-            torch.tensor(caption_ids),
+            torch.from_numpy(self.kept.get("tokens", caption_ids_B.tolist(), self._tokens)).long(),
+            torch.from_numpy(caption_ids_B),
             None if self.targets is None else torch.from_numpy(self.targets.image_embeddings(self.pairs.target_rows[pairs_B])),
             None if self.targets is None else torch.from_numpy(self.targets.text_embeddings(text_rows_B)),
         )
@@ -157,9 +156,9 @@ class Maker:
             )
         return self.keep(loaded.image)
 
-    def _tokens(self, text_rows: list[int]) -> list[npt.NDArray[np.int32]]:
+    def _tokens(self, caption_ids: list[int]) -> list[npt.NDArray[np.int32]]:
         with self.one_tokenizer:
-            return list(self.tokenizer([self.pairs.captions[row] for row in text_rows]).to(torch.int32).numpy())
+            return list(self.tokenizer([self.pairs.captions[i].as_py() for i in caption_ids]).to(torch.int32).numpy())
 
 
 def read_ahead(make: Callable[[int], Batch], steps: range, threads: int) -> Generator[Batch, None, None]:
