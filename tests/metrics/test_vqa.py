@@ -42,7 +42,12 @@ def test_every_golden_case_to_the_last_digit(version: str) -> None:
     cases = golden["cases"]
     assert [round(vqa_accuracy(c["prediction"], c["answers"], version), 2) for c in cases] == [c[GOLDEN_NAMES[version]] for c in cases]
     annotations = [
-        {"question_id": i, "question_type": "any", "answer_type": c["answer_type"], "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(c["answers"], 1)]}
+        {
+            "question_id": i,
+            "question_type": "any",
+            "answer_type": c["answer_type"],
+            "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(c["answers"], 1)],
+        }
         for i, c in enumerate(cases)
     ]
     predictions = [{"question_id": i, "answer": c["prediction"]} for i, c in enumerate(cases)]
@@ -145,7 +150,9 @@ def test_contraction_table_keeps_its_published_quirks() -> None:
     assert (normalize_answer("let's"), normalize_answer("lets")) == ("let's", "lets")
 
 
-@pytest.mark.parametrize(("text", "processed"), [("red,white", "redwhite"), ("1,000-2,000", "1000 2000"), ("what's", "what 's"), ("let's go", "let 's go"), ("3:30 p.m.", "3:30 pm")])
+@pytest.mark.parametrize(
+    ("text", "processed"), [("red,white", "redwhite"), ("1,000-2,000", "1000 2000"), ("what's", "what 's"), ("let's go", "let 's go"), ("3:30 p.m.", "3:30 pm")]
+)
 def test_m4c_cleans_words_its_own_way(text: str, processed: str) -> None:
     assert normalize_m4c(text) == processed
 
@@ -230,7 +237,12 @@ def test_the_order_of_annotators_does_not_matter(prediction: str, answers: list[
 
 def annotation(question_id: int, answer: str, num_matches: int, question_type: str = "what", answer_type: str = "other") -> dict:
     texts = [answer] * num_matches + ["something else"] * (10 - num_matches)
-    return {"question_id": question_id, "question_type": question_type, "answer_type": answer_type, "answers": [{"answer": t, "answer_id": n} for n, t in enumerate(texts)]}
+    return {
+        "question_id": question_id,
+        "question_type": question_type,
+        "answer_type": answer_type,
+        "answers": [{"answer": t, "answer_id": n} for n, t in enumerate(texts)],
+    }
 
 
 def test_aggregates_are_means_of_unrounded_values_with_official_names() -> None:
@@ -248,7 +260,8 @@ def test_a_repeated_prediction_counts_by_its_last_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [([1], "1 without a prediction, 0 without a question .first: question 2 has"), ([1, 2, 3], "0 without a prediction, 1 without .* .first: prediction 3")]
+    ("ids", "message"),
+    [([1], "1 without a prediction, 0 without a question .first: question 2 has"), ([1, 2, 3], "0 without a prediction, 1 without .* .first: prediction 3")],
 )
 def test_missing_and_extra_predictions_are_named(ids: list[int], message: str) -> None:
     with pytest.raises(EvaluationError, match=message):

@@ -127,7 +127,9 @@ def _checked_pairs(image_of_text_M: np.ndarray, num_images: int | None, num_text
     """Check that each text has an image and each image a text; without `num_images` they are counted by the largest row."""
     image_of_text_M = np.asarray(image_of_text_M, np.int64)
     if image_of_text_M.shape != (num_texts,) or num_texts == 0:
-        raise EvaluationError(f"Expected the image row of each of {num_texts} texts, found {image_of_text_M.shape}.", "Give one image row per text, of at least one text.")
+        raise EvaluationError(
+            f"Expected the image row of each of {num_texts} texts, found {image_of_text_M.shape}.", "Give one image row per text, of at least one text."
+        )
     num_images = int(image_of_text_M.max()) + 1 if num_images is None else num_images
     if image_of_text_M.min() < 0 or image_of_text_M.max() >= num_images:
         raise EvaluationError(f"Texts name image rows {image_of_text_M.min()} to {image_of_text_M.max()} of {num_images} images.", "Correct the image rows.")

@@ -26,7 +26,20 @@ from kdstore.errors import EvaluationError, UnknownName
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
-NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
 CONTRACTIONS: dict[str, str] = json.loads(files("kdstore.metrics").joinpath("contractions.json").read_text(encoding="utf-8"))
 
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
@@ -48,7 +61,9 @@ def vqa_accuracy(prediction: str, answers: Sequence[Answer], version: str = "202
     return 100 * _fraction(prediction, answers, VERSIONS[version])
 
 
-def vqa_scores(predictions: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]], *, version: str = "2021", decimals: int = 2) -> dict[str, Any]:
+def vqa_scores(
+    predictions: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]], *, version: str = "2021", decimals: int = 2
+) -> dict[str, Any]:
     """Score result records (`question_id`, `answer`) on annotation records (`question_id`, `question_type`, `answer_type`, `answers`).
 
     Returns the official fields: `accuracy` with `overall`, `perQuestionType` and `perAnswerType`, then `evalQA`, `evalQuesType` and
@@ -178,7 +193,7 @@ def _check_same_questions(answer_of: dict[Any, Any], annotation_of: dict[Any, An
     if missing or extra:
         first = f"question {missing[0]} has no prediction" if missing else f"prediction {extra[0]} has no question"
         raise EvaluationError(
-            f"Predictions and annotations must hold the same question ids: {len(missing)} without a prediction, {len(extra)} without a question (first: {first}).",
+            f"Predictions and annotations differ in question ids: {len(missing)} without a prediction, {len(extra)} without a question (first: {first}).",
             "Predict every question of the split, and no other.",
         )
 

@@ -1,0 +1,100 @@
+"""From human answers to what a head is trained on: answer vocabulary, soft targets, question words; and the scores that need no model.
+
+Answers are normalised before they are counted and looked up (the published recipes look up raw answers in a normalised vocabulary, which
+loses some). A label is spoken in its most frequent spelling of the training split, since unanimous answers are compared unnormalised (2021).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kdstore.errors import EvaluationError
+from kdstore.evaluate.datasets import VqaQuestion
+from kdstore.metrics.vqa import clean_answer, normalize_answer, vqa_accuracy
+
+PADDING, UNKNOWN, START = 0, 1, 2
+"""Word ids that are no words: nothing, a word unseen in training, and the start whose state stands for the whole question."""
+
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+
+
+@dataclass(frozen=True)
+class AnswerVocabulary:
+    """Answers a head can give: normalised `labels` in order of frequency, and the spelling in which each is spoken."""
+
+    labels: tuple[str, ...]
+    spellings: tuple[str, ...]
+    index_of: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index_of", {label: i for i, label in enumerate(self.labels)})
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def answer_vocabulary(questions: Iterable[VqaQuestion], min_count: int = 1) -> AnswerVocabulary:
+    """Collect the labels that are the most frequent answer of at least `min_count` of these (training) questions."""
+    counts: Counter[str] = Counter()
+    spellings: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for question in questions:
+        texts = [clean_answer(a["answer"]) for a in question.answers]
+        counts[Counter(map(normalize_answer, texts)).most_common(1)[0][0]] += 1
+        for text in texts:
+            spellings[normalize_answer(text)][text] += 1
+    labels = tuple(label for label, count in sorted(counts.items(), key=lambda c: (-c[1], c[0])) if count >= min_count)
+    if not labels:
+        raise EvaluationError(f"No answer is the most frequent one of {min_count} or more training questions.", "Lower min_answer_count.")
+    return AnswerVocabulary(labels, tuple(spellings[label].most_common(1)[0][0] for label in labels))
+
+
+def soft_target(question: VqaQuestion, vocabulary: AnswerVocabulary) -> dict[int, float]:
+    """Return label index -> target in (0, 1]: 0.3, 0.6, 0.9, 1 for one, two, three, four or more of ten annotators.
+
+    It is the accuracy of the label with each annotator left out in turn, so other numbers of annotators have their own steps.
+    """
+    counts = Counter(normalize_answer(clean_answer(a["answer"])) for a in question.answers)
+    total = len(question.answers)
+    targets = {
+        vocabulary.index_of[a]: (n * min(1.0, (n - 1) / 3) + (total - n) * min(1.0, n / 3)) / total for a, n in counts.items() if a in vocabulary.index_of
+    }
+    return {i: score for i, score in targets.items() if score > 0}
+
+
+def word_vocabulary(questions: Iterable[VqaQuestion]) -> dict[str, int]:
+    """Number the words of these (training) questions, in alphabetical order, after the ids that are no words."""
+    words = sorted({word for question in questions for word in split_words(question.question)})
+    return {word: i for i, word in enumerate(words, start=START + 1)}
+
+
+def split_words(text: str) -> list[str]:
+    """Split a question into lower-case words; punctuation is dropped, an apostrophe inside a word kept."""
+    return _WORD.findall(text.lower())
+
+
+def best_answer(question: VqaQuestion, vocabulary: AnswerVocabulary, version: str) -> str:
+    """Return the vocabulary's best answer to a question under the metric: the vocabulary oracle."""
+    scores = _answer_scores(question, vocabulary, version)
+    return max(scores, key=lambda a: scores[a]) if scores else vocabulary.spellings[0]
+
+
+def chance_per_type(questions: Iterable[VqaQuestion], vocabulary: AnswerVocabulary, version: str) -> dict[str, float]:
+    """Return the accuracy, in percent, of the best constant answer of the vocabulary per question type and, as `overall`, for all of them."""
+    totals: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    num_questions: Counter[str] = Counter()
+    for question in questions:
+        scores = _answer_scores(question, vocabulary, version)
+        for kind in ("overall", question.question_type):
+            num_questions[kind] += 1
+            for answer, score in scores.items():
+                totals[kind][answer] += score  # type: ignore[assignment]
+    return {kind: round(max(totals[kind].values(), default=0) / n, 2) for kind, n in num_questions.items()}
+
+
+def _answer_scores(question: VqaQuestion, vocabulary: AnswerVocabulary, version: str) -> dict[str, float]:
+    """Score every label that some annotator gave; no other answer can score."""
+    given = sorted({vocabulary.index_of.get(normalize_answer(clean_answer(a["answer"])), -1) for a in question.answers} - {-1})
+    return {vocabulary.spellings[i]: vqa_accuracy(vocabulary.spellings[i], question.answers, version) for i in given}

@@ -1,0 +1,85 @@
+"""Frozen features for an evaluation: each image decoded once, encoded by each model once, kept as float16.
+
+Encoding several models in one pass matters because decoding (or drawing) an image costs as much as a small model's forward pass.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from kdstore.data.source import LoadedImage
+from kdstore.errors import EvaluationError
+from kdstore.evaluate.heads import MAX_WORDS
+from kdstore.models.encode import encode_image, encode_image_tokens, encode_text_tokens
+from kdstore.models.load import Model
+from kdstore.progress import OnProgress, silent
+
+IN_MEMORY = 2 * 1024**3
+"""Bytes of one array past which it lies in a temporary file."""
+
+
+def image_features(
+    models: Sequence[Model],
+    load: Callable[[int], LoadedImage],
+    num_images: int,
+    *,
+    reads: str,
+    batch: int,
+    on_progress: OnProgress = silent,
+    stage: str = "encode",
+) -> list[np.ndarray]:
+    """Encode images 0 to `num_images` by models that share one preprocessing; returns float16 [N, T, W] per model.
+
+    `reads` is `tokens`, or `embedding` for the embedding before normalisation as one token. Raises EvaluationError for features that float16 cannot hold.
+    """
+    arrays: list[np.ndarray] = []
+    for start in range(0, num_images, batch):
+        stop = min(num_images, start + batch)
+        image_BCHW = torch.stack([models[0].preprocess(load(i).image) for i in range(start, stop)])
+        for m, model in enumerate(models):
+            feature_BTW = encode_image_tokens(model, image_BCHW)[1] if reads == "tokens" else encode_image(model, image_BCHW)[:, None]
+            half_BTW = feature_BTW.to(torch.float16).cpu().numpy()
+            if not np.isfinite(half_BTW).all():
+                raise EvaluationError(
+                    f"{model.name.name} gives features that are not finite in float16, on images {start} to {stop - 1}.", "Check its weights and its precision."
+                )
+            if start == 0:
+                arrays.append(_empty((num_images, *half_BTW.shape[1:])))
+            arrays[m][start:stop] = half_BTW
+        on_progress(stage, stop, num_images, "")
+    return arrays
+
+
+def without_image(feature_NTW: np.ndarray) -> np.ndarray:
+    """Return what the question-only control sees in place of these: every image is one and the same token of zeros [N, 1, W]."""
+    return np.broadcast_to(np.zeros((1, 1, 1), np.float16), (len(feature_NTW), 1, feature_NTW.shape[2]))
+
+
+def question_states(model: Model, texts: Sequence[str], batch: int) -> tuple[torch.Tensor, dict[str, range]]:
+    """Encode distinct questions by the model's own text tower; returns all words' states float16 [words, W] and each question's rows among them.
+
+    Padding is left out, and of longer questions what does not fit into MAX_WORDS with their start.
+    """
+    distinct = list(dict.fromkeys(texts))
+    states: list[torch.Tensor] = []
+    rows: dict[str, range] = {}
+    end = 0
+    for start in range(0, len(distinct), batch):
+        chunk = distinct[start : start + batch]
+        tokens_BLW, length_B = encode_text_tokens(model, chunk)
+        for text, tokens_LW, length in zip(chunk, tokens_BLW.cpu().half(), length_B.tolist(), strict=True):
+            kept_LW = tokens_LW[: min(length, MAX_WORDS - 1)]
+            rows[text] = range(end, end + len(kept_LW))
+            end += len(kept_LW)
+            states.append(kept_LW)
+    return torch.cat(states), rows
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    if 2 * int(np.prod(shape)) <= IN_MEMORY:
+        return np.empty(shape, np.float16)
+    return np.memmap(tempfile.TemporaryFile(), np.float16, mode="w+", shape=shape)

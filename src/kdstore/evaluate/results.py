@@ -1,0 +1,98 @@
+"""The one form of a result: a JSON file that proves itself and says where it comes from, and its table in Markdown.
+
+Fields: `stage`, `model` (name, identity, parameters, run), `data`, `config`, `config_digest`, `rows` (a name and `scores` each), what the
+stage adds, and `made` (versions, device, seconds). Two runs of one seed on one machine differ in seconds alone.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kdstore
+from kdstore.errors import ConfigError, EvaluationError, RunError
+from kdstore.jsonfile import disk_error, read_json, write_json
+from kdstore.models.load import Model, parameter_counts
+
+STAGES = ("evaluate vqa", "evaluate retrieval")
+
+
+def model_record(model: Model) -> dict[str, Any]:
+    """Say which model was evaluated: identity with the hash of its weights, parameters and, for a run folder, the run and its store."""
+    return {
+        "name": model.name.name,
+        "identity": model.identity,
+        "parameters": parameter_counts(model.clip),
+        "run": _run_record(model),
+    }
+
+
+def made_record(device: torch.device, seconds: float) -> dict[str, Any]:
+    """Say with what and in which time a result was made."""
+    packages = ("torch", "open_clip_torch", "numpy", "faiss-cpu", "pillow")
+    return {
+        "seconds": round(seconds, 1),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": {"kdstore": kdstore.__version__, "python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def check_out(out: str | None) -> None:
+    """Refuse a result file that cannot be written, before any work is done."""
+    if out is not None and Path(out).is_dir():
+        raise ConfigError(f"The result file {out} is a folder.", "Give --out the path of a JSON file.")
+
+
+def write_result(out: str | None, content: dict[str, Any]) -> dict[str, Any]:
+    """Write a result where a path is given; returns it with its digest."""
+    if out is None:
+        return content
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise disk_error(e, path) from e
+    return {**content, "digest": write_json(path, content)}
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Read a result; raises EvaluationError if there is none or it is not as it was written."""
+    if not Path(path).is_file():
+        raise EvaluationError(f"No result file {path}.", "Write one with kdstore evaluate ... --out FILE.")
+    content = read_json(Path(path), EvaluationError)
+    if content.get("stage") not in STAGES:
+        raise EvaluationError(f"{path} is no result of an evaluation: its stage is {content.get('stage')!r}.", "Give a file that kdstore evaluate wrote.")
+    return content
+
+
+def markdown_table(results: Sequence[dict[str, Any]]) -> str:
+    """Render the rows of results of one stage as a Markdown table, in percent; a score that a row lacks is a dash."""
+    stages = {result["stage"] for result in results}
+    if len(stages) != 1:
+        raise EvaluationError(f"A table holds results of one stage, found {', '.join(sorted(stages)) or 'none'}.", "Make one table per stage.")
+    lines = [(_row_name(result, row), row["scores"]) for result in results for row in result["rows"]]
+    columns = list(dict.fromkeys(name for _, scores in lines for name in scores))
+    cells = [[name, *(f"{scores[c]:.2f}" if c in scores else "-" for c in columns)] for name, scores in lines]
+    header = ["model", *columns]
+    rule = ["---", *("---:" for _ in columns)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *cells]) + "\n"
+
+
+def _row_name(result: dict[str, Any], row: dict[str, Any]) -> str:
+    name = result["model"]["name"]
+    return str(name) if row["row"] == "model" else f"{name}, {row['row']}"
+
+
+def _run_record(model: Model) -> dict[str, Any] | None:
+    path = Path(model.name.open_clip_name.removeprefix("local-dir:")) / "run.json"
+    if not model.name.has_folder or not path.is_file():
+        return None
+    run = read_json(path, RunError)
+    return {"digest": run["digest"], "settings_digest": run.get("settings_digest"), "store": run.get("store")}
