@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,9 +81,7 @@ def load_model(
     target = pick_device(device)
     if precision not in DTYPES:
         raise ConfigError(f"Unknown precision '{precision}'.", f"Known: {', '.join(DTYPES)}.")
-    clip, config = _build(resolved, untrained, seed)
-    with _quiet():
-        tokenizer = open_clip.get_tokenizer(resolved.open_clip_name)
+    clip, config, tokenizer = _build(resolved, untrained, seed)
     # Built from the config alone, so that what was hashed is what runs.
     preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
     clip.eval()
@@ -104,24 +103,25 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def _build(resolved: ModelName, untrained: bool, seed: int) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _build(resolved: ModelName, untrained: bool, seed: int) -> tuple[torch.nn.Module, dict[str, Any], Callable[[list[str]], torch.Tensor]]:
     if untrained:
         torch.manual_seed(seed)
     options = {"load_weights": False, "pretrained_text": False} if untrained else {"require_pretrained": True}
     try:
         with _quiet():
             model_config = open_clip.get_model_config(resolved.open_clip_name)
+            tokenizer = open_clip.get_tokenizer(resolved.open_clip_name)
             clip = open_clip.create_model(resolved.open_clip_name, pretrained=resolved.pretrained, **options)
-    except KeyboardInterrupt:
-        raise
+    except ModuleNotFoundError as e:
+        raise ModelError(f"{resolved.name} needs the package {e.name}.", "Install it: pip install 'kdstore[hf]'.") from e
     except Exception as e:  # open_clip lets through whatever the hub client, torch, safetensors or its own checks raise
         raise ModelError(f"Cannot load {resolved.name}: {_first_line(e)}", _loading_hint(resolved)) from e
-    return clip, {"model_cfg": model_config, "preprocess_cfg": dict(clip.visual.preprocess_cfg)}
+    return clip, {"model_cfg": model_config, "preprocess_cfg": dict(clip.visual.preprocess_cfg)}, tokenizer
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2])[:300].rstrip(".:") + "."
+    return textwrap.shorten(" ".join(lines[:2]), 300, placeholder=" ...")
 
 
 def _loading_hint(resolved: ModelName) -> str:
@@ -147,11 +147,12 @@ def _quiet() -> Iterator[None]:
 def _identity(model: Model, untrained: bool, seed: int) -> dict[str, Any]:
     """Sub-digests of what decides a feature: architecture with its activation, tensors, scale and bias; preprocessing; tokenizer."""
     activation = "quick_gelu" if any(type(m).__name__ == "QuickGELU" for m in model.clip.modules()) else "gelu"
+    weights = weights_sha256(model.clip)
     teacher = {
-        "name": model.name.name,
+        "name": model.name.label or f"{model.name.short}@{weights[:8]}",
         "config": model.config["model_cfg"],
         "activation": activation,
-        "weights_sha256": weights_sha256(model.clip),
+        "weights_sha256": weights,
         "untrained_seed": seed if untrained else None,
         "embed_dim": model.embed_dim,
         "logit_scale": model.logit_scale,

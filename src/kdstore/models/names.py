@@ -38,12 +38,16 @@ DEFAULT_TAGS = {
 
 @dataclass(frozen=True)
 class ModelName:
-    """A resolved name: what to show, what open_clip is asked for, and the short form that paths are made of."""
+    """A resolved name: what to show, what open_clip is asked for, and the short form that paths are made of.
+
+    `label` is the name that means the same weights everywhere; files and folders have none and go by their hash instead.
+    """
 
     name: str
     open_clip_name: str
     pretrained: str | None
     short: str
+    label: str = ""
     notice: str = ""
 
     @property
@@ -82,10 +86,10 @@ def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False
     _register_configs()
     folder = Path(name.removeprefix("local-dir:"))
     if name in demo_teachers() and not pretrained and not untrained:
-        return ModelName(name, f"local-dir:{demo_teachers()[name]}", None, name)
+        return ModelName(name, f"local-dir:{demo_teachers()[name]}", None, name, label=name)
     if name.startswith("hf-hub:"):
         _refuse_tag(name, pretrained)
-        return ModelName(name, name, None, _path_safe(name.removeprefix("hf-hub:")))
+        return ModelName(name, name, None, _path_safe(name.removeprefix("hf-hub:")), label=name)
     if name.startswith("local-dir:") or ("/" in name and (folder / "open_clip_config.json").is_file()):
         _refuse_tag(name, pretrained)
         _check_folder(folder, untrained)
@@ -96,19 +100,19 @@ def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False
         hint = "'kdstore list teachers' shows them all; a folder needs an open_clip_config.json."
         raise UnknownName.of("model", arch, [*architectures(), *demo_teachers()], hint)
     if untrained:
-        return ModelName(arch, arch, None, short_name(arch))
+        return ModelName(arch, arch, None, short_name(arch), label=f"{arch} (untrained)")
     chosen = pretrained or tag
     notice = ""
     if not chosen:
         chosen = _default_tag(arch)
         notice = f"{arch} without a tag: using {arch}:{chosen}."
     if Path(chosen).is_file():
-        return ModelName(f"{arch}:{Path(chosen).name}", arch, chosen, short_name(arch), notice)
+        return ModelName(f"{arch}:{Path(chosen).name}", arch, chosen, short_name(arch))
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if chosen not in tags:
         raise UnknownName.of(f"tag or checkpoint file for {arch}", chosen, tags)
     _check_activation(arch, chosen)
-    return ModelName(f"{arch}:{chosen}", arch, chosen, short_name(arch), notice)
+    return ModelName(f"{arch}:{chosen}", arch, chosen, short_name(arch), f"{arch}:{chosen}", notice)
 
 
 def short_name(arch: str) -> str:

@@ -1,0 +1,40 @@
+"""The settings of an extraction; apart from the code that uses them, so that reading a recipe imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdstore.errors import ConfigError, UnknownName
+
+TOKENS = ("none", "image", "text", "both")
+DTYPES = ("float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What to extract from where; batch, device and threads do not enter the store's identity."""
+
+    teacher: str
+    pretrained: str | None = None
+    untrained_seed: int | None = None  # random weights of the architecture instead: a control
+    data: str = "scenes"
+    out: str | None = None  # default: store/<short name of the teacher>
+    tokens: str = "none"
+    dtype: str = "float16"
+    zstd: bool = False  # compress chunks
+    unit_rows: int = 16_384
+    precision: str = "fp32"
+    batch: int = 64
+    device: str = "auto"
+    threads: int = 2  # decoding
+    max_invalid: float = 0.1  # share of undecodable images at which the run stops
+
+    def __post_init__(self) -> None:
+        for name, known in (("tokens", TOKENS), ("dtype", DTYPES), ("precision", ("fp32", "bf16", "fp16"))):
+            if getattr(self, name) not in known:
+                raise UnknownName.of(name, getattr(self, name), known)
+        for name in ("unit_rows", "batch", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
+        if not 0 <= self.max_invalid <= 1:
+            raise ConfigError(f"max_invalid is a share from 0 to 1, found {self.max_invalid}.", "Correct max_invalid.")

@@ -1,0 +1,278 @@
+"""The extraction: plan, check the teacher, write units of images and texts, seal.
+
+A unit is all or nothing, so an interrupted run is resumed by running it again: units that are recorded are skipped. Batches never
+cross units, so a resumed run computes the same numbers as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+
+from kdstore import __version__
+from kdstore.data.source import Source, UndecodableImage
+from kdstore.data.sources import open_source
+from kdstore.errors import DiskFull, ModelError, SourceError
+from kdstore.extract.config import ExtractConfig
+from kdstore.metrics.retrieval import retrieval_recall
+from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, in_batches, token_shape
+from kdstore.models.load import Model, load_model
+from kdstore.progress import OnProgress, silent
+from kdstore.store import ArraySpec, Attempt, Plan, StoreWriter, Unit, embedding_array, open_store, scalar_array, token_array
+
+CHECKED_PAIRS = 64  # pairs of the sanity check
+LONG_RUN = 512  # images from which the check is worth its time
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """A finished extraction: where, which bytes, how much, how fast; `notices` are for the user to read."""
+
+    path: str
+    digest: str
+    teacher: str
+    images: int
+    texts: int
+    invalid_images: int
+    written_images: int
+    seconds: float
+    images_per_second: float
+    notices: tuple[str, ...]
+
+
+@dataclass
+class _Run:
+    """What the writing of every unit shares, and what it has counted so far."""
+
+    config: ExtractConfig
+    source: Source
+    plan: Plan
+    model: Model
+    shapes: dict[str, tuple[int, ...]]  # of one row of each array
+    totals: dict[str, int]
+    pool: ThreadPoolExecutor
+    on_progress: OnProgress
+    images: int = 0
+    texts: int = 0
+    invalid: int = 0
+
+
+def extract(config: ExtractConfig, *, source: Source | None = None, on_progress: OnProgress = silent) -> ExtractResult:
+    """Run a teacher over a source into a store, resuming what an earlier run recorded.
+
+    Raises ModelError, SourceError, IdentityMismatch, StoreLocked, DiskFull; the store stays as the last recorded unit left it.
+    """
+    source = source or open_source(config.data)
+    on_progress("load", 0, 1, config.teacher)
+    seed = config.untrained_seed
+    model = load_model(config.teacher, config.pretrained, device=config.device, precision=config.precision, untrained=seed is not None, seed=seed or 0)
+    notices = [model.name.notice] if model.name.notice else []
+    out = Path(config.out or f"store/{model.name.short}")
+    on_progress("plan", 0, len(source), source.spec)
+    plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=config.unit_rows)
+    if plan.num_texts == 0:
+        raise SourceError(f"{source.spec} has no caption.", "Name the caption column, or give other data.")
+    arrays = planned_arrays(config, model, plan)
+    _check_space(out, plan, arrays)
+    started = time.perf_counter()
+    with StoreWriter.open(out, plan=plan, arrays=arrays, identity=store_identity(config, model, plan)) as writer:
+        pending = writer.pending()
+        check = _check_teacher(model, source, config.batch) if pending and plan.num_images >= LONG_RUN else None
+        if check is not None and check["warning"]:
+            notices.append(check["warning"])
+            on_progress("warning", 0, 0, check["warning"])
+        with ThreadPoolExecutor(config.threads) as pool:
+            totals = {side: sum(len(u) for u in pending if u.side == side) for side in ("image", "text")}
+            run = _Run(config, source, plan, model, {spec.name: spec.shape[1:] for spec in arrays}, totals, pool, on_progress)
+            for unit in pending:
+                with writer.attempt(unit) as attempt:
+                    (_write_images if unit.side == "image" else _write_texts)(run, attempt, unit)
+        seconds = time.perf_counter() - started
+        digest = writer.finalise(_account(run, seconds, check, resumed=len(pending) < len(plan.units)))
+    return ExtractResult(
+        path=str(out),
+        digest=digest,
+        teacher=model.identity["teacher"]["name"],
+        images=plan.num_images,
+        texts=plan.num_texts,
+        invalid_images=int((~open_store(out).image_valid).sum()),
+        written_images=run.images,
+        seconds=round(seconds, 3),
+        images_per_second=round(run.images / seconds, 2),
+        notices=tuple(notices),
+    )
+
+
+def _account(run: _Run, seconds: float, check: dict[str, Any] | None, *, resumed: bool) -> dict[str, Any]:
+    """Tell what run.json keeps beside the manifest."""
+    return {
+        "source": run.source.spec,
+        "seconds": round(seconds, 3),
+        "images": run.images,
+        "texts": run.texts,
+        "images_per_second": round(run.images / seconds, 2),
+        "invalid_images": run.invalid,
+        "resumed": resumed,
+        "recall_check": check,
+        "batch": run.config.batch,
+        "device": str(run.model.device),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"kdstore": __version__, "torch": torch.__version__, "open_clip": open_clip.__version__, "python": platform.python_version()},
+    }
+
+
+def planned_arrays(config: ExtractConfig, model: Model, plan: Plan) -> list[ArraySpec]:
+    """List the arrays that a run writes: embeddings of both sides, tokens as asked."""
+    form: dict[str, Any] = {"dtype": config.dtype, "zstd": config.zstd}
+    arrays = [embedding_array(plan, side, model.embed_dim, **form) for side in ("image", "text")]
+    if config.tokens in ("image", "both"):
+        arrays.append(token_array(plan, "image", *token_shape(model), **form))
+    if config.tokens in ("text", "both"):
+        hidden_BLW, _ = encode_text_tokens(model, ["a"])
+        arrays.append(token_array(plan, "text", hidden_BLW.shape[1], hidden_BLW.shape[2], **form))
+        arrays.append(scalar_array(plan, "text/length", "int64"))
+    return arrays
+
+
+def store_identity(config: ExtractConfig, model: Model, plan: Plan) -> dict[str, Any]:
+    """Build what the features depend on: teacher, preprocessing, tokenizer, source, and how each array is encoded."""
+    encoding = {"norm": "none", "precision": config.precision, "views": ["plain"]}
+    arrays = {f"{side}/embedding": {**encoding, "layer": "output"} for side in ("image", "text")}
+    for side in ("image", "text"):
+        if config.tokens in (side, "both"):
+            arrays[f"{side}/tokens"] = {**encoding, "layer": "last, after the final norm"}
+    return {**model.identity, "source": {"fingerprint": plan.fingerprint}, "arrays": arrays}
+
+
+def _write_images(run: _Run, attempt: Attempt, unit: Unit) -> None:
+    config, names = run.config, [name for name in run.shapes if name.startswith("image/")]
+    started, before = time.perf_counter(), run.images
+    for decoded in _batches_ahead(run, unit):
+        pixels = [d for d, _ in decoded if d is not None]
+        rows = [info for _, info in decoded]
+        features: tuple[torch.Tensor, ...] = ()
+        if pixels:
+            image_BCHW = torch.stack(pixels)
+            features = encode_image_tokens(run.model, image_BCHW) if "image/tokens" in names else (encode_image(run.model, image_BCHW),)
+        valid = np.array([info["valid"] for info in rows], bool)
+        for k, name in enumerate(names):
+            attempt.append(name, _block(run, name, features[k] if features else None, valid))
+        attempt.index(rows)
+        run.images += len(rows)
+        run.invalid += int((~valid).sum())
+        if run.invalid > config.max_invalid * max(run.images, 100):
+            reason = next(info["reason"] for info in reversed(rows) if not info["valid"])
+            raise SourceError(
+                f"{run.invalid} of the first {run.images} images cannot be decoded (the last: {reason}).",
+                "Check the data, or allow more with --set max_invalid=SHARE.",
+            )
+        rate = (run.images - before) / (time.perf_counter() - started)
+        run.on_progress("images", run.images, run.totals["image"], f"{rate:.0f} images/s" + (f", {run.invalid} invalid" if run.invalid else ""))
+
+
+def _write_texts(run: _Run, attempt: Attempt, unit: Unit) -> None:
+    """Encode the captions of a unit, equal ones once for the embeddings."""
+    batch, texts = 4 * run.config.batch, run.plan.texts(unit.start, unit.stop)
+    valid = np.ones(len(texts), bool)
+    embedding_MD = in_batches(lambda part: encode_text(run.model, part), texts, batch)
+    attempt.append("text/embedding", _block(run, "text/embedding", embedding_MD, valid))
+    if "text/tokens" in run.shapes:
+        for start in range(0, len(texts), batch):
+            hidden_BLW, length_B = encode_text_tokens(run.model, texts[start : start + batch])
+            attempt.append("text/tokens", _block(run, "text/tokens", hidden_BLW, valid[: len(hidden_BLW)]))
+            attempt.append("text/length", length_B.cpu().numpy())
+    run.texts += len(texts)
+    run.on_progress("texts", run.texts, run.totals["text"], "")
+
+
+def _batches_ahead(run: _Run, unit: Unit) -> Iterator[list[_Decoded]]:
+    """Decode the unit's batches in threads, two batches ahead of the model."""
+    waiting: deque[list[Future[_Decoded]]] = deque()
+    for start in range(unit.start, unit.stop, run.config.batch):
+        rows = range(start, min(start + run.config.batch, unit.stop))
+        waiting.append([run.pool.submit(_decode, run.source, run.model, i) for i in rows])
+        if len(waiting) > 2:
+            yield [f.result() for f in waiting.popleft()]
+    while waiting:
+        yield [f.result() for f in waiting.popleft()]
+
+
+_Decoded = tuple[torch.Tensor | None, dict[str, Any]]
+"""Pixels (None where undecodable) and what the index says of the image."""
+
+
+def _decode(source: Source, model: Model, row: int) -> _Decoded:
+    """Decode and preprocess one image; an undecodable one is a row with its reason."""
+    try:
+        loaded = source.image(row)
+    except UndecodableImage as e:
+        return None, {"sha256": e.sha256, "valid": 0, "reason": e.reason, "width": 0, "height": 0}
+    info = {"sha256": loaded.sha256, "valid": 1, "reason": "", "width": loaded.width, "height": loaded.height}
+    return model.preprocess(loaded.image), info
+
+
+def _block(run: _Run, name: str, features: torch.Tensor | None, valid: np.ndarray) -> np.ndarray:
+    """Lay the features of valid rows out among NaN rows in the stored dtype; raises ModelError for values that it cannot hold."""
+    dtype, shape = run.config.dtype, run.shapes[name]
+    block = np.full((len(valid), *shape), np.nan, dtype)
+    if features is not None:
+        with np.errstate(over="ignore"):
+            stored = features.cpu().numpy().astype(dtype)
+        bad = ~np.isfinite(stored.reshape(len(stored), -1)).all(1)
+        if bad.any():
+            found = f"{int(bad.sum())} rows of {name} hold NaN, infinity or values beyond {dtype}."
+            raise ModelError(found, "Store them with --set dtype=float32, or compute them with --set precision=fp32.")
+        block[valid] = stored.reshape(-1, *shape)
+    return block
+
+
+def _check_space(out: Path, plan: Plan, arrays: Sequence[ArraySpec]) -> None:
+    """Refuse before the first byte what cannot fit."""
+    needed = sum(spec.row_bytes * plan.rows(spec.side) for spec in arrays)
+    present = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(present).free
+    have = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
+    if needed - have > free:
+        raise DiskFull(
+            f"{out} needs {needed / 1e9:.1f} GB for {plan.num_images} images and {plan.num_texts} texts; {free / 1e9:.1f} GB are free.",
+            "Choose another disk with --out, fewer rows, or --tokens none.",
+        )
+
+
+def _check_teacher(model: Model, source: Source, batch: int) -> dict[str, Any] | None:
+    """Measure recall@1 on the first pairs: a teacher at chance is the wrong checkpoint, tokenizer or activation."""
+    pictures, texts = [], []
+    for i in range(min(4 * CHECKED_PAIRS, len(source))):
+        captions = source.captions(i)
+        if captions and captions[0].text not in texts:
+            pixels, _ = _decode(source, model, i)
+            if pixels is not None:
+                pictures.append(pixels)
+                texts.append(captions[0].text)
+        if len(pictures) == CHECKED_PAIRS:
+            break
+    if len(pictures) < 16:
+        return None
+    image_ND = torch.cat([encode_image(model, torch.stack(pictures[i : i + batch])) for i in range(0, len(pictures), batch)])
+    text_ND = in_batches(lambda part: encode_text(model, part), texts, batch)
+    found = retrieval_recall(image_ND.cpu().numpy(), text_ND.numpy(), np.arange(len(texts)), ks=(1, 5))
+    recall, chance = found["image_retrieval_recall@5"], 100 * 5 / len(texts)
+    warning = ""
+    if recall < 2.5 * chance:
+        warning = (
+            f"Sanity check: {model.name.name} finds the image of a caption among {len(texts)} in the top 5 {recall:.0f} % of the time (chance is {chance:.0f} %). "
+            "Check the weights, or that the captions are of its kind."
+        )
+    return {"pairs": len(texts), "image_retrieval_recall@5": round(recall, 2), "chance": round(chance, 2), "warning": warning}
