@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import itertools
 import mmap
 import os
 import threading
@@ -45,6 +46,8 @@ class ArrayReader:
         self._manifest = manifest
         self._spec = spec
         self._crcs = _expected_crcs(manifest, spec)
+        if spec.codecs == PLAIN:
+            _check_declared_sizes(manifest, spec)
         self._known = spec.codecs in (PLAIN, ZSTD)
         self._mapped = spec.codecs == PLAIN and spec.chunk[0] * spec.row_bytes <= MAPPED_CHUNK_BYTES
         self._addresses = np.zeros(spec.num_chunks if self._mapped else 0, np.uint64)  # of mapped chunks; 0 = not yet checked
@@ -219,7 +222,16 @@ def _expected_crcs(manifest: Manifest, spec: ArraySpec) -> npt.NDArray[np.uint32
     crcs = np.load(io.BytesIO(manifest.read(spec.checks_path)), allow_pickle=False)
     if crcs.shape != (spec.num_chunks,) or crcs.dtype != np.dtype("<u4"):
         raise DamagedStore(f"{manifest.root / spec.checks_path} holds {crcs.shape} {crcs.dtype}, expected {spec.num_chunks} uint32.", RESTORE)
-    return crcs  # type: ignore[no-any-return]
+    return crcs
+
+
+def _check_declared_sizes(manifest: Manifest, spec: ArraySpec) -> None:
+    """Raise DamagedStore if the manifest's shard sizes are not those of the declared shape, before anything is allocated from it."""
+    for number in range(spec.num_shards):
+        path, expected = spec.shard_path(number), spec.plain_shard_bytes(number)
+        entry = manifest.entry(path)
+        if entry.size != expected:
+            raise DamagedStore(f"{manifest.root / path} is listed with {entry.size} bytes, its shape needs {expected}{entry.said()}.", RESTORE)
 
 
 def _wrapped(indices: npt.ArrayLike, size: int, what: str) -> npt.NDArray[np.int64]:
@@ -251,7 +263,7 @@ def _in_parts(work: Any, out: Bytes) -> None:
         return
     if _pool is None:
         _pool = ThreadPoolExecutor(_cores(), "gather")
-    futures = [_pool.submit(work, start, stop) for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)]
+    futures = [_pool.submit(work, start, stop) for start, stop in itertools.pairwise(bounds[:-1])]
     try:
         work(bounds[-2], bounds[-1])
     finally:

@@ -65,7 +65,7 @@ def join_sources(store: Store, source: Source) -> Join:
 
 def _positions(keys: pa.Array, among: pa.Array) -> npt.NDArray[np.int64]:
     """Return where each of `keys` lies in `among`, -1 if nowhere."""
-    return pc.index_in(keys, value_set=among).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[no-any-return]
+    return pc.index_in(keys, value_set=among).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _some(keys: pa.Array) -> str:

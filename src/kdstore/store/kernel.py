@@ -34,17 +34,21 @@ else:
     def _memcpy(typingctx: Any, target: Any, source: Any, size: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointers = [builder.inttoptr(address, cgutils.voidptr_t) for address in args[:2]]
-            cgutils.raw_memcpy(builder, pointers[0], pointers[1], args[2], 1)  # type: ignore[no-untyped-call]
+            cgutils.raw_memcpy(builder, pointers[0], pointers[1], args[2], 1)
             return context.get_dummy_value()
 
         return types.void(types.uint64, types.uint64, types.int64), codegen
 
-    @numba.njit("void(uint64[::1], uint8[:, ::1])", nogil=True, cache=True)
-    def copy_rows_compiled(addresses, out):  # type: ignore[no-untyped-def]
-        """Do what `copy_rows_with_ctypes` does."""
+    def _copy_rows(addresses, out):
         first = np.uint64(out.ctypes.data)
         size = out.shape[1]
         for i in range(out.shape[0]):
-            _memcpy(first + np.uint64(i * size), addresses[i], size)  # type: ignore[call-arg]
+            _memcpy(first + np.uint64(i * size), addresses[i], size)
 
-    copy_rows = copy_rows_compiled
+    def _compiled(cache: bool) -> Any:
+        return numba.njit("void(uint64[::1], uint8[:, ::1])", nogil=True, cache=cache)(_copy_rows)
+
+    try:
+        copy_rows = _compiled(cache=True)
+    except RuntimeError:  # no folder to cache in (a read-only installation without a home): compile once per process
+        copy_rows = _compiled(cache=False)

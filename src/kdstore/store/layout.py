@@ -25,6 +25,7 @@ BESIDE = ("run.json", "stats.json", "README.md", "croissant.json")
 DTYPES = ("float16", "float32", "int8", "uint8", "uint16", "uint32", "int64")
 CHUNK_ROWS = 16
 TOKEN_SHARD_BYTES = 1 << 30
+MAX_CHUNK_BYTES = 1 << 31  # what a reader agrees to allocate for one decoded chunk
 GROUP_METADATA = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 _LITTLE_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -96,6 +97,12 @@ class ArraySpec:
     def checks_path(self) -> str:
         """File of the crc32c expected of every inner chunk."""
         return f"checks/{self.name}.npy"
+
+    def plain_shard_bytes(self, number: int) -> int:
+        """Exact size of a shard whose chunks are not compressed."""
+        start, stop = self.shard_rows(number)
+        used = -(-(stop - start) // self.chunk[0]) * self.views
+        return used * (self.chunk[0] * self.row_bytes + 4) + self.chunks_per_shard * 16 + 4
 
     def shard_path(self, number: int) -> str:
         return f"{self.name}/c/{number}" + "/0" * (len(self.shape) - 1)
@@ -213,4 +220,5 @@ def _is_row_layout(spec: ArraySpec) -> bool:
     if not (ranks_agree and whole and spec.dtype in DTYPES):
         return False
     in_chunk = (1, *spec.shape[2:]) if spec.has_views else spec.shape[1:]
-    return spec.chunk[1:] == in_chunk and spec.shard[1:] == spec.shape[1:] and spec.shard[0] % spec.chunk[0] == 0
+    small = spec.chunk[0] * spec.row_bytes <= MAX_CHUNK_BYTES
+    return small and spec.chunk[1:] == in_chunk and spec.shard[1:] == spec.shape[1:] and spec.shard[0] % spec.chunk[0] == 0

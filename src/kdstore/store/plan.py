@@ -104,7 +104,7 @@ class Plan:
 
     def texts(self, start: int, stop: int) -> list[str]:
         """Return the captions of text rows `start:stop`."""
-        return self.captions[start:stop].to_pylist()  # type: ignore[no-any-return]
+        return self.captions[start:stop].to_pylist()
 
     def summary(self) -> dict[str, int | str]:
         """What the manifest says of the plan."""
@@ -153,7 +153,7 @@ def fingerprint_of(source_rows: Iterable[tuple[str, tuple[Caption, ...]]]) -> st
 def repeated(keys: pa.Array) -> list[str]:
     """Return the keys that occur more than once."""
     counts = pc.value_counts(keys)
-    return counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist()  # type: ignore[no-any-return]
+    return counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist()
 
 
 def parquet_bytes(table: pa.Table) -> pa.Buffer:

@@ -39,7 +39,7 @@ class Store:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return self.manifest["identity"]  # type: ignore[no-any-return]
+        return self.manifest["identity"]
 
     @property
     def digest(self) -> str:
@@ -84,7 +84,7 @@ class Store:
         offsets = np.load(io.BytesIO(self._manifest.read(OFFSETS)), allow_pickle=False)
         if offsets.shape != (self.num_images + 1,) or offsets.dtype != np.dtype("<i8"):
             raise DamagedStore(f"{self.path / OFFSETS} holds {offsets.shape} {offsets.dtype}, expected {self.num_images + 1} int64.", RESTORE)
-        return offsets  # type: ignore[no-any-return]
+        return offsets
 
     @cached_property
     def image_valid(self) -> npt.NDArray[np.bool_]:
@@ -106,7 +106,7 @@ class Store:
 
     def captions(self) -> list[str]:
         """Return the captions of all text rows [M]."""
-        return self.index("text", "caption").to_pylist()  # type: ignore[no-any-return]
+        return self.index("text", "caption").to_pylist()
 
     def index(self, side: Side, column: str) -> pa.ChunkedArray:
         """Return one column of `index/<side>/*.parquet` in row order; raises DamagedStore."""

@@ -14,8 +14,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
@@ -105,7 +105,7 @@ class Attempt:
                 raise ValueError(f"{name}: row {self._unit.start + int(np.argmax((valid == 0) & ~nan))} is not valid but not NaN")
         table = _image_index(self._plan, self._unit, self._index, valid) if self._unit.side == "image" else _text_index(self._plan, self._unit)
         path = index_path(self._unit)
-        self._note(path, write_file(self._folder / path, parquet_bytes(table)), self._unit.start, self._unit.stop)
+        self._note(path, write_file(_staged(self._folder, path), parquet_bytes(table)), self._unit.start, self._unit.stop)
         crcs = {name: np.concatenate(parts).tobytes().hex() for name, parts in self._crcs.items()}
         return {"unit": self._unit.name, "files": self._files, "crcs": crcs}
 
@@ -121,7 +121,7 @@ class Attempt:
     def _shard(self, spec: ArraySpec) -> tuple[int, ShardWriter]:
         if spec.name not in self._open:
             number = (self._unit.start + self._rows[spec.name]) // spec.shard[0]
-            self._open[spec.name] = number, ShardWriter(self._folder / spec.shard_path(number), spec, number)
+            self._open[spec.name] = number, ShardWriter(_staged(self._folder, spec.shard_path(number)), spec, number)
         return self._open[spec.name]
 
     def _note(self, path: str, written: WrittenFile, start: int, stop: int) -> None:
@@ -218,10 +218,16 @@ class StoreWriter:
             raise IncompleteStore(f"{self.path}: {len(pending)} of {len(self.plan.units)} units are not recorded.", "Run the extraction again to resume it.")
         records = [read_json(self._record_path(unit)) for unit in self.plan.units]
         files = {path: entry for record in records for path, entry in record["files"].items()}
+        sealing = []
         for path, content in self._sealing_files(records):
-            (self.path / path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                (self.path / path).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise disk_error(e, self.path / path) from e
             write_bytes(self.path / path, content)
             files[path] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            sealing.append(path)
+        _sync_folders(self.path, sealing)
         write_json(self.path / "run.json", run)
         if stats is not None:
             write_json(self.path / "stats.json", stats)
@@ -247,14 +253,11 @@ class StoreWriter:
         if self._record_path(unit).is_file():
             return
         try:
-            changed: set[Path] = set()
             for name in record["files"]:
                 target = self.path / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(folder / name, target)
-                changed.update(parent for parent in target.parents if parent.is_relative_to(self.path))
-            for parent in changed:
-                fsync_folder(parent)
+                os.replace(_staged(folder, name), target)
+            _sync_folders(self.path, record["files"])
             self._record_path(unit).parent.mkdir(exist_ok=True)
         except OSError as e:
             raise disk_error(e, self.path) from e
@@ -293,6 +296,18 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
     sink = io.BytesIO()
     np.save(sink, array, allow_pickle=False)
     return sink.getvalue()
+
+
+def _staged(folder: Path, name: str) -> Path:
+    """Where an attempt keeps the file `name` of the store: in one flat folder, cheap to make and to remove."""
+    return folder / name.replace("/", "+")
+
+
+def _sync_folders(root: Path, names: Iterable[str]) -> None:
+    """Make renames durable: fsync every folder on the way from `root` to the named files."""
+    folders = {parent for name in names for parent in PurePosixPath(name).parents}
+    for folder in sorted(folders):
+        fsync_folder(root / folder)
 
 
 def _refuse_differences(path: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:

@@ -1,0 +1,181 @@
+"""Nothing reads as zeros: every kind of damage to every file is found by verify and by whoever reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdstore.errors import DamagedStore, StoreError
+from kdstore.jsonfile import write_json
+from kdstore.store import open_store, verify_store
+from kdstore.store.shard import crc32c
+
+
+def read_all(path: Path) -> None:
+    """Touch every byte that a training run could."""
+    store = open_store(path)
+    store.keys(), store.captions(), store.image_sha256()
+    assert store.offsets is not None
+    for name, spec in store.arrays.items():
+        for view in range(spec.views):
+            store.gather(name, np.arange(spec.shape[0]), view if spec.has_views else None)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def flip_last(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 128
+    path.write_bytes(content)
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def link(path: Path) -> None:
+    """Put the right bytes where somebody else could change them."""
+    outside = path.parents[len(path.parents) - 3] / f"outside-{os.getpid()}"
+    outside.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(outside)
+
+
+DAMAGE = [flip, flip_last, shorten, empty, lengthen, Path.unlink, link]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_damage_to_any_file_is_found_by_verify_and_by_a_reader(copied: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    files = json.loads((copied / "manifest.json").read_text())["files"]
+    read_all(copied)
+    for name in files:
+        kept = (copied / name).read_bytes()
+        damage(copied / name)
+        (found,) = verify_store(copied).damaged
+        assert found.path == name
+        assert list(found.rows or ()) == files[name].get("rows", [])
+        if name not in ("zarr.json", "image/zarr.json", "text/zarr.json"):  # groups, of use to Zarr readers only
+            with pytest.raises(DamagedStore, match=name):
+                read_all(copied)
+        (copied / name).unlink(missing_ok=True)
+        (copied / name).write_bytes(kept)
+    assert verify_store(copied).ok
+
+
+@pytest.mark.parametrize("damage", [flip, flip_last, shorten, empty], ids=lambda damage: damage.__name__)
+def test_damage_to_the_manifest_is_found(copied: Path, damage: Callable[[Path], None]) -> None:
+    damage(copied / "manifest.json")
+    for read in (open_store, verify_store):
+        with pytest.raises(StoreError):
+            read(copied)
+
+
+def test_two_shards_that_change_places_are_found(copied: Path) -> None:
+    first, second = copied / "image/embedding/c/0/0/0", copied / "image/embedding/c/1/0/0"
+    contents = first.read_bytes(), second.read_bytes()
+    second.write_bytes(contents[0])
+    first.write_bytes(contents[1])
+    assert [(damage.path, damage.rows) for damage in verify_store(copied).damaged] == [
+        ("image/embedding/c/0/0/0", (0, 16)),
+        ("image/embedding/c/1/0/0", (16, 32)),
+    ]
+    with pytest.raises(DamagedStore, match="the chunk of rows 0 to 16 does not match its crc32c"):
+        open_store(copied).gather("image/embedding", [3])
+
+
+def test_a_shard_that_lacks_a_chunk_is_damaged_and_not_fill(copied: Path) -> None:
+    path = copied / "image/tokens/c/0/0/0/0"
+    content = path.read_bytes()
+    index = np.frombuffer(content[-4 * 16 - 4 : -4], "<u8").copy()
+    index[2:4] = 2**64 - 1
+    path.write_bytes(content[: -4 * 16 - 4] + index.tobytes() + crc32c(index.tobytes()).to_bytes(4, "little"))
+    with pytest.raises(DamagedStore, match="the chunk of row 1 is missing"):
+        open_store(copied).gather("image/tokens", [0])
+
+
+def test_a_file_cut_after_it_was_opened_is_an_error(copied: Path) -> None:
+    store = open_store(copied)
+    store.gather("text/embedding", [0])
+    os.truncate(copied / "text/embedding/c/0/0", 1)
+    with pytest.raises(DamagedStore, match="ends early"):
+        store.gather("text/embedding", [0])
+
+
+def test_a_file_that_the_manifest_does_not_list_is_reported(copied: Path) -> None:
+    (copied / "image/embedding/c/9").mkdir()
+    (copied / "image/embedding/c/9/0").write_bytes(b"x")
+    (copied / "README.md").write_text("ours, beside the manifest")
+    assert [(damage.path, damage.reason) for damage in verify_store(copied).damaged] == [("image/embedding/c/9/0", "is not in the manifest")]
+
+
+def _forge(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write a manifest that proves itself and lies."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    write_json(path / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "a//b", "./a", "", "a\\b", "manifest.json", "a\0b"])
+def test_a_path_that_leaves_the_store_is_refused(copied: Path, name: str) -> None:
+    _forge(copied, lambda manifest: manifest["files"].update({name: {"size": 1, "sha256": "0"}}))
+    with pytest.raises(DamagedStore, match="is not a path inside a store"):
+        open_store(copied)
+
+
+def test_a_gigantic_declared_shape_allocates_nothing(copied: Path) -> None:
+    def lie(manifest: dict[str, Any]) -> None:
+        manifest["plan"]["images"] = 10**15
+        for name, metadata in manifest["arrays"].items():
+            if name.startswith("image/"):
+                metadata["shape"][0] = 10**15
+                content = json.dumps(metadata).encode()
+                (copied / name / "zarr.json").write_bytes(content)
+                manifest["files"][f"{name}/zarr.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    _forge(copied, lambda manifest: manifest["plan"].update(images=10**15))
+    with pytest.raises(DamagedStore, match="has 45 rows, expected 1000000000000000"):
+        open_store(copied)
+    _forge(copied, lie)
+    with pytest.raises(DamagedStore, match="expected 125000000000000 uint32"):
+        open_store(copied).gather("image/embedding", [0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("files"),
+        lambda manifest: manifest.update(files=[1]),
+        lambda manifest: manifest["identity"].update(teacher="another"),
+        lambda manifest: manifest["files"]["zarr.json"].update(size="1"),
+        lambda manifest: manifest.pop("plan"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused(copied: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    _forge(copied, change)
+    with pytest.raises(DamagedStore, match="is not a manifest of format 1"):
+        open_store(copied)
+
+
+def test_another_format_is_refused(copied: Path) -> None:
+    _forge(copied, lambda manifest: manifest.update(format=2))
+    with pytest.raises(StoreError, match="is of format 2, expected 1"):
+        open_store(copied)

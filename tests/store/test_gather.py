@@ -1,0 +1,228 @@
+"""Reading rows: equal to NumPy and to zarr-python for any layout, and the same from threads, forks and spawned processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdstore.data.source import Caption
+from kdstore.errors import DamagedStore, IncompleteStore, MissingFeature, StoreNotFound
+from kdstore.jsonfile import write_json
+from kdstore.store import ArraySpec, Plan, Store, StoreWriter, open_store
+from kdstore.store import gather as gathering
+from kdstore.store.kernel import copy_rows, copy_rows_with_ctypes
+from kdstore.store.layout import DTYPES, PLAIN, ZSTD
+from kdstore.store.shard import crc32c
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Plan, ArraySpec, np.ndarray]:
+    """Any array of format 1 and its values: rank, views, dtype, chunk and shard rows, codecs, a partial last shard."""
+    unit_rows = draw(st.sampled_from([1, 4, 16]))
+    shard_rows = draw(st.sampled_from([n for n in (1, 2, 4, 8, 16) if n <= unit_rows]))
+    chunk_rows = draw(st.sampled_from([n for n in (1, 2, 4, 8, 16) if n <= shard_rows]))
+    side, rows = draw(st.sampled_from(["image", "text"])), draw(st.integers(1, 40))
+    views = (draw(st.integers(1, 3)),) if side == "image" else ()
+    row_shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=2)))
+    plan = Plan.freeze([(str(i), (Caption("c"),)) for i in range(rows)], unit_rows=unit_rows)
+    spec = ArraySpec(
+        f"{side}/features",
+        (rows, *views, *row_shape),
+        draw(st.sampled_from(DTYPES)),
+        (chunk_rows, *(1 for _ in views), *row_shape),
+        (shard_rows, *views, *row_shape),
+        draw(st.sampled_from([PLAIN, ZSTD])),
+        (side, *("view" for _ in views), *"ab"[: len(row_shape)]),
+    )
+    raw = np.random.default_rng(draw(st.integers(0, 9))).bytes(int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize)
+    return plan, spec, np.frombuffer(raw, spec.dtype).reshape(spec.shape)
+
+
+def write_array(path: Path, plan: Plan, spec: ArraySpec, values: np.ndarray) -> Store:
+    with StoreWriter.open(path, plan=plan, arrays=[spec], identity={}) as writer:
+        for unit in writer.pending():
+            with writer.attempt(unit) as attempt:
+                if unit.side == spec.side:
+                    attempt.append(spec.name, values[unit.start : unit.stop])
+                if unit.side == "image":
+                    attempt.index([{"sha256": "", "valid": True, "reason": "", "width": 1, "height": 1}] * len(unit))
+        writer.finalise({})
+    return open_store(path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layouts(), st.data())
+def test_gather_is_numpy_and_zarr_for_any_layout(tmp_path: Path, layout: tuple[Plan, ArraySpec, np.ndarray], data: st.DataObject) -> None:
+    plan, spec, values = layout
+    num_rows = spec.shape[0]
+    rows = np.array(data.draw(st.lists(st.integers(-num_rows, num_rows - 1), max_size=50)), np.int64)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        store = write_array(Path(folder) / "store", plan, spec, values)
+        array = zarr.open_array(store.path / spec.name, mode="r")
+        assert array[...].tobytes() == values.tobytes()
+        if spec.has_views:
+            views = np.array(data.draw(st.lists(st.integers(-spec.views, spec.views - 1), min_size=len(rows), max_size=len(rows))), np.int64)
+            assert store.gather(spec.name, rows, views).tobytes() == values[rows, views].tobytes()
+            assert store.gather(spec.name, rows).tobytes() == values[rows, 0].tobytes()
+            assert store.gather(spec.name, rows, spec.views - 1).tobytes() == values[rows, spec.views - 1].tobytes()
+        else:
+            assert store.gather(spec.name, rows).tobytes() == values[rows].tobytes()
+        again = store.gather(spec.name, rows)
+        assert again.dtype == spec.dtype
+        assert again.shape == (len(rows), *spec.row_shape)
+
+
+@pytest.fixture
+def store(pristine: Path) -> Store:
+    return open_store(pristine)
+
+
+def test_a_batch_goes_into_the_buffer_that_is_given(store: Store, sample: Any) -> None:
+    out = np.empty((4, 6), "float16")
+    assert store.gather("image/embedding", [3, 3, -1, 0], [1, 0, 1, 0], out=out) is out
+    assert np.array_equal(out, sample.arrays["image/embedding"][[3, 3, -1, 0], [1, 0, 1, 0]])
+    read_only = np.empty((4, 6), "float16")
+    read_only.flags.writeable = False
+    for wrong in (np.empty((3, 6), "float16"), np.empty((4, 6), "float32"), np.empty((6, 4), "float16").T, read_only):
+        with pytest.raises(ValueError, match="out must be"):
+            store.gather("image/embedding", [0, 1, 2, 3], out=wrong)
+
+
+@pytest.mark.parametrize("rows", [[45], [-46], [0.5], [[0]], 3, [True]])
+def test_rows_that_do_not_exist_are_an_index_error(store: Store, rows: Any) -> None:
+    with pytest.raises(IndexError):
+        store.gather("image/embedding", rows)
+    with pytest.raises(IndexError, match="view 2 is out of bounds for 2 views"):
+        store.gather("image/embedding", [0], [2])
+    with pytest.raises(ValueError, match="has no views"):
+        store.gather("text/embedding", [0], [0])
+
+
+def test_an_array_that_is_not_there_is_named_with_those_that_are(store: Store) -> None:
+    with pytest.raises(MissingFeature, match="holds no text/tokens; it holds image/embedding, image/tokens"):
+        store.gather("text/tokens", [0])
+
+
+def test_keys_captions_and_offsets_come_back(store: Store, sample: Any) -> None:
+    assert store.keys().tolist() == [key for key, _ in sample.rows]
+    assert store.captions() == [caption.text for _, captions in sample.rows for caption in captions]
+    assert np.array_equal(store.offsets, sample.plan.offsets)
+    assert store.image_sha256().tolist() == [sample.index_row(i)["sha256"] for i in range(45)]
+    assert np.flatnonzero(~store.image_valid).tolist() == [20]
+    assert store.text_valid.all()
+    assert store.identity == sample.identity
+    assert store.fingerprint == sample.plan.fingerprint
+
+
+def _matches(store: Store, sample: Any, seed: int) -> bool:
+    rows = np.random.default_rng(seed).integers(-45, 45, 200)
+    texts = rows % store.num_texts
+    return all(
+        store.gather(name, index).tobytes() == expected.tobytes()
+        for name, index, expected in (
+            ("image/embedding", rows, sample.arrays["image/embedding"][rows, 0]),
+            ("image/tokens", rows, sample.arrays["image/tokens"][rows, 0]),
+            ("text/embedding", texts, sample.arrays["text/embedding"][texts]),
+        )
+    )
+
+
+def test_threads_share_a_store(store: Store, sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "THREAD_BYTES", 64)  # batches are split as large ones are
+    monkeypatch.setattr(gathering, "OPEN_SHARDS", 2)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda seed: _matches(store, sample, seed), range(64)))
+
+
+def test_a_forked_process_goes_on_reading(store: Store, sample: Any, monkeypatch: pytest.MonkeyPatch, in_child: Callable[[Callable[[], None]], int]) -> None:
+    def read() -> None:
+        assert _matches(store, sample, 1)
+
+    monkeypatch.setattr(gathering, "THREAD_BYTES", 64)
+    assert _matches(store, sample, 0)
+    with gathering._opening:  # as if another thread were opening a shard at the moment of the fork
+        assert in_child(read) == 0
+
+
+def test_a_store_travels_to_another_process_as_its_path(store: Store, sample: Any) -> None:
+    assert pickle.loads(pickle.dumps(store)).digest == store.digest
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert np.array_equal(pool.apply(store.gather, ("image/embedding", [3, 4])), sample.arrays["image/embedding"][[3, 4], 0])
+
+
+def test_the_compiled_copy_and_the_portable_one_are_equal() -> None:
+    rng = np.random.default_rng(0)
+    memory = rng.integers(0, 256, 5000, dtype=np.uint8)
+    addresses = np.uint64(memory.ctypes.data) + rng.integers(0, 4900, 77).astype(np.uint64)
+    compiled, portable = np.zeros((77, 99), np.uint8), np.zeros((77, 99), np.uint8)
+    copy_rows(addresses, compiled)
+    copy_rows_with_ctypes(addresses, portable)
+    assert np.array_equal(compiled, portable)
+    assert np.array_equal(portable[5], memory[int(addresses[5]) - memory.ctypes.data :][:99])
+
+
+@pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")
+@pytest.mark.parametrize("codec", [zarr.codecs.BloscCodec(cname="zstd"), zarr.codecs.GzipCodec()], ids=["blosc", "gzip"])
+@pytest.mark.parametrize("name", ["image/embedding", "text/length"])
+def test_other_codec_chains_are_checked_and_read_by_zarr_python(copied: Path, sample: Any, name: str, codec: Any) -> None:
+    spec = next(spec for spec in sample.specs if spec.name == name)
+    rewrite_with_zarr(copied, spec, sample.arrays[name], codec)
+    store = open_store(copied)
+    rows = np.array([44, 3, 3, -1, 0])
+    expected = sample.arrays[name][rows, [1, 0, 1, 1, 0]] if spec.has_views else sample.arrays[name][rows]
+    assert store.gather(name, rows, [1, 0, 1, 1, 0] if spec.has_views else None).tobytes() == expected.tobytes()
+    shard = copied / spec.shard_path(0)
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    rows, views = np.mgrid[: spec.shape[0], : spec.views].reshape(2, -1)
+    with pytest.raises(DamagedStore, match="does not match its crc32c"):
+        open_store(copied).gather(name, rows, views if spec.has_views else None)
+
+
+def rewrite_with_zarr(path: Path, spec: ArraySpec, values: np.ndarray, codec: Any) -> None:
+    """Replace an array by one that zarr-python wrote with another codec, and the manifest by one that lists it."""
+    shutil.rmtree(path / spec.name)
+    fill = np.nan if spec.dtype.startswith("float") else 0
+    sharding = zarr.codecs.ShardingCodec(chunk_shape=spec.chunk, codecs=[zarr.codecs.BytesCodec(), codec, zarr.codecs.Crc32cCodec()])
+    array = zarr.create_array(
+        path / spec.name, shape=spec.shape, chunks=spec.shard, dtype=spec.dtype, fill_value=fill, serializer=sharding, compressors=None, filters=None,
+        dimension_names=spec.dims, config={"write_empty_chunks": True},
+    )  # fmt: skip
+    array[...] = values
+    found = ArraySpec.from_metadata(spec.name, json.loads((path / spec.name / "zarr.json").read_text()))
+    crcs = []
+    for number in range(found.num_shards):
+        shard = (path / found.shard_path(number)).read_bytes()
+        start, stop = found.shard_rows(number)
+        index = np.frombuffer(shard[-found.chunks_per_shard * 16 - 4 : -4], "<u8").reshape(-1, 2)[: -(-(stop - start) // found.chunk[0]) * found.views]
+        crcs += [crc32c(shard[offset : offset + length - 4]) for offset, length in index.tolist()]
+    np.save(path / found.checks_path, np.array(crcs, "<u4"))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["arrays"][spec.name] = json.loads((path / spec.name / "zarr.json").read_text())
+    for name in (found.metadata_path, found.checks_path, *map(found.shard_path, range(found.num_shards))):
+        content = (path / name).read_bytes()
+        manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_json(path / "manifest.json", manifest)
+
+
+def test_a_path_without_a_store_says_so(tmp_path: Path, sample: Any) -> None:
+    with pytest.raises(StoreNotFound, match="There is no store at"):
+        open_store(tmp_path / "nothing")
+    sample.open(tmp_path / "begun").close()
+    with pytest.raises(IncompleteStore, match="extraction has not ended"):
+        open_store(tmp_path / "begun")
