@@ -24,7 +24,7 @@ from kdstore.errors import DamagedStore, IncompleteStore, MissingFeature, StoreN
 from kdstore.jsonfile import write_json
 from kdstore.store import ArraySpec, Plan, Store, StoreWriter, open_store
 from kdstore.store import gather as gathering
-from kdstore.store.kernel import copy_rows, copy_rows_with_ctypes
+from kdstore.store.kernel import copy_rows, copy_rows_portable
 from kdstore.store.layout import DTYPES, PLAIN, ZSTD
 from kdstore.store.shard import crc32c
 
@@ -164,15 +164,19 @@ def test_a_store_travels_to_another_process_as_its_path(store: Store, sample: An
         assert np.array_equal(pool.apply(store.gather, ("image/embedding", [3, 4])), sample.arrays["image/embedding"][[3, 4], 0])
 
 
-def test_the_compiled_copy_and_the_portable_one_are_equal() -> None:
-    rng = np.random.default_rng(0)
-    memory = rng.integers(0, 256, 5000, dtype=np.uint8)
-    addresses = np.uint64(memory.ctypes.data) + rng.integers(0, 4900, 77).astype(np.uint64)
-    compiled, portable = np.zeros((77, 99), np.uint8), np.zeros((77, 99), np.uint8)
-    copy_rows(addresses, compiled)
-    copy_rows_with_ctypes(addresses, portable)
-    assert np.array_equal(compiled, portable)
-    assert np.array_equal(portable[5], memory[int(addresses[5]) - memory.ctypes.data :][:99])
+@given(st.lists(st.tuples(st.integers(-41, 41), st.integers(-3, 3)), max_size=30))
+def test_the_compiled_copy_and_the_portable_one_are_equal(pairs: list[tuple[int, int]]) -> None:
+    memory = np.random.default_rng(0).integers(0, 256, (10, 2, 4, 9), dtype=np.uint8)  # chunks of 4 rows of 2 views
+    addresses = np.uint64(memory.ctypes.data) + np.arange(20, dtype=np.uint64) * np.uint64(36)
+    addresses[13] = 0  # not yet checked
+    rows, views = np.array(pairs, np.int64).reshape(-1, 2).T.copy()
+    compiled, portable = np.zeros((len(rows), 9), np.uint8), np.zeros((len(rows), 9), np.uint8)
+    copied = copy_rows_portable(rows, views, addresses, 40, 2, 4, portable)
+    assert copy_rows(rows, views, addresses, 40, 2, 4, compiled) == copied
+    assert copied == all(-40 <= row < 40 and -2 <= view < 2 and (row % 40 // 4, view % 2) != (6, 1) for row, view in pairs)
+    if copied:
+        assert np.array_equal(compiled, portable)
+        assert np.array_equal(portable, memory.transpose(0, 2, 1, 3).reshape(40, 2, 9)[rows, views])
 
 
 @pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")

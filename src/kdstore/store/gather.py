@@ -16,15 +16,16 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
 from kdstore.errors import DamagedStore
-from kdstore.store.kernel import copy_rows
+from kdstore.store.kernel import Int64, copy_rows
 from kdstore.store.layout import PLAIN, ZSTD, ArraySpec
 from kdstore.store.manifest import RESTORE, Manifest
 from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, index_bytes, parse_index
@@ -32,6 +33,8 @@ from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, index_by
 MAPPED_CHUNK_BYTES = 1 << 18  # larger chunks gain nothing from a mapping
 OPEN_SHARDS = 128
 THREAD_BYTES = 1 << 20  # a batch is split over threads when each gets at least this much
+
+T = TypeVar("T")
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -52,33 +55,34 @@ class ArrayReader:
         self._mapped = spec.codecs == PLAIN and spec.chunk[0] * spec.row_bytes <= MAPPED_CHUNK_BYTES
         self._addresses = np.zeros(spec.num_chunks if self._mapped else 0, np.uint64)  # of mapped chunks; 0 = not yet checked
         self._checked = np.zeros(0 if self._mapped else spec.num_chunks, bool)
-        self._indices: dict[int, npt.NDArray[np.int64]] = {}
+        self._indices: dict[int, Int64] = {}
         self._maps: dict[int, Bytes] = {}
         self._descriptors: OrderedDict[int, _Descriptor] = OrderedDict()
 
     def gather(self, rows: npt.ArrayLike, views: npt.ArrayLike | None, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         """Do what `Store.gather` says."""
-        rows_B = _wrapped(rows, self._spec.shape[0], "row")
+        rows_B = _integers(rows, "row")
         views_B = self._views(views, len(rows_B))
         out = self._output(len(rows_B), out)
-        if not len(rows_B):
-            return out
+        if not len(rows_B) or (self._mapped and self._copy_mapped(rows_B, views_B, out)):
+            return out  # once all chunks were checked, a gather ends here
+        rows_B, views_B = _wrapped(rows_B, self._spec.shape[0], "row"), _wrapped(views_B, self._spec.views, "view")
         chunks_B = rows_B // self._spec.chunk[0] * self._spec.views + views_B
-        starts_B = rows_B % self._spec.chunk[0] * self._spec.row_bytes
         if self._mapped:
-            self._copy_mapped(chunks_B, starts_B, _as_bytes(out))
+            self._check_mapped(chunks_B)
+            assert self._copy_mapped(rows_B, views_B, out)
         elif self._known:
-            self._read(chunks_B, starts_B, _as_bytes(out))
+            self._read(chunks_B, rows_B % self._spec.chunk[0] * self._spec.row_bytes, _as_bytes(out))
         else:
             self._read_with_zarr(rows_B, views_B, chunks_B, out)
         return out
 
-    def _views(self, views: npt.ArrayLike | None, size: int) -> npt.NDArray[np.int64]:
+    def _views(self, views: npt.ArrayLike | None, size: int) -> Int64:
         if views is None:
             return np.zeros(size, np.int64)
         if not self._spec.has_views:
             raise ValueError(f"{self._spec.name} has no views")
-        return _wrapped(np.broadcast_to(views, (size,)), self._spec.views, "view")
+        return _integers(np.broadcast_to(views, (size,)), "view")
 
     def _output(self, size: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         shape, dtype = (size, *self._spec.row_shape), np.dtype(self._spec.dtype).newbyteorder("<")
@@ -88,16 +92,22 @@ class ArrayReader:
             raise ValueError(f"out must be a writable C-contiguous array {shape} {dtype}, found {out.shape} {out.dtype}")
         return out
 
-    def _copy_mapped(self, chunks_B: npt.NDArray[np.int64], starts_B: npt.NDArray[np.int64], out: Bytes) -> None:
-        addresses_B = self._addresses[chunks_B]
-        if not addresses_B.all():
-            for chunk in np.unique(chunks_B[addresses_B == 0]).tolist():
-                self._addresses[chunk] = self._checked_payload(chunk).ctypes.data
-            addresses_B = self._addresses[chunks_B]
-        addresses_B += starts_B.astype(np.uint64)
-        _in_parts(lambda start, stop: copy_rows(addresses_B[start:stop], out[start:stop]), out)
+    def _copy_mapped(self, rows_B: Int64, views_B: Int64, out: npt.NDArray[Any]) -> bool:
+        """Copy all rows if all indices are in bounds and all their chunks were checked before."""
+        rows, views, chunk_rows = self._spec.shape[0], self._spec.views, self._spec.chunk[0]
+        target = _as_bytes(out)
 
-    def _read(self, chunks_B: npt.NDArray[np.int64], starts_B: npt.NDArray[np.int64], out: Bytes) -> None:
+        def copy(start: int, stop: int) -> bool:
+            return copy_rows(rows_B[start:stop], views_B[start:stop], self._addresses, rows, views, chunk_rows, target[start:stop])
+
+        return all(_in_parts(copy, target))
+
+    def _check_mapped(self, chunks_B: Int64) -> None:
+        """Check the chunks that were not checked yet and enter their addresses."""
+        for chunk in np.unique(chunks_B[self._addresses[chunks_B] == 0]).tolist():
+            self._addresses[chunk] = self._checked_payload(chunk).ctypes.data
+
+    def _read(self, chunks_B: Int64, starts_B: Int64, out: Bytes) -> None:
         """Read row after row in the order of the file; a chunk that must be decoded or checked is so once for all of its rows."""
         order = np.argsort(chunks_B, kind="stable")
 
@@ -116,7 +126,7 @@ class ArrayReader:
 
         _in_parts(read, out)
 
-    def _read_with_zarr(self, rows_B: npt.NDArray[np.int64], views_B: npt.NDArray[np.int64], chunks_B: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+    def _read_with_zarr(self, rows_B: Int64, views_B: Int64, chunks_B: Int64, out: npt.NDArray[Any]) -> None:
         for chunk in np.unique(chunks_B[~self._checked[chunks_B]]).tolist():
             self._checked_payload(chunk)
             self._checked[chunk] = True
@@ -158,7 +168,7 @@ class ArrayReader:
             index = self._open_shard(number)
         return int(index[place, 0]), int(index[place, 1])
 
-    def _open_shard(self, number: int) -> npt.NDArray[np.int64]:
+    def _open_shard(self, number: int) -> Int64:
         """Read a shard's index, once, and map the shard if this array is mapped."""
         with _opening:
             if number not in self._indices:
@@ -234,15 +244,20 @@ def _check_declared_sizes(manifest: Manifest, spec: ArraySpec) -> None:
             raise DamagedStore(f"{manifest.root / path} is listed with {entry.size} bytes, its shape needs {expected}{entry.said()}.", RESTORE)
 
 
-def _wrapped(indices: npt.ArrayLike, size: int, what: str) -> npt.NDArray[np.int64]:
-    """Return int64 indices [B] in 0..size-1, negative ones counted from the end; raises IndexError."""
+def _integers(indices: npt.ArrayLike, what: str) -> Int64:
+    """Return a contiguous, writable copy of indices as int64 [B], as the compiled loop takes them; raises IndexError."""
     array = np.asarray(indices)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise IndexError(f"{what}s must be a one-dimensional list of integers, found {array.dtype} of shape {array.shape}")
-    if array.size and (int(array.min()) < -size or int(array.max()) >= size):
-        raise IndexError(f"{what} {int(array.min()) if int(array.min()) < -size else int(array.max())} is out of bounds for {size} {what}s")
-    array = array.astype(np.int64, copy=False)
-    return np.where(array < 0, array + size, array)
+    return np.array(array, np.int64)
+
+
+def _wrapped(indices_B: Int64, size: int, what: str) -> Int64:
+    """Return indices in 0..size-1, negative ones counted from the end; raises IndexError."""
+    outside = indices_B[(indices_B < -size) | (indices_B >= size)]
+    if len(outside):
+        raise IndexError(f"{what} {outside[0]} is out of bounds for {size} {what}s")
+    return np.where(indices_B < 0, indices_B + size, indices_B)
 
 
 def _as_bytes(out: npt.NDArray[Any]) -> Bytes:
@@ -253,24 +268,21 @@ _opening = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 
 
-def _in_parts(work: Any, out: Bytes) -> None:
-    """Call `work(start, stop)` over the rows of `out`, on as many cores as the bytes are worth."""
+def _in_parts(work: Callable[[int, int], T], out: Bytes) -> list[T]:
+    """Call `work(start, stop)` over the rows of `out`, on as many cores as the bytes are worth, and return the results."""
     global _pool
     parts = max(1, min(_cores(), out.nbytes // THREAD_BYTES, len(out)))
-    bounds = np.linspace(0, len(out), parts + 1).astype(int).tolist()
     if parts == 1:
-        work(0, len(out))
-        return
+        return [work(0, len(out))]
     if _pool is None:
         _pool = ThreadPoolExecutor(_cores(), "gather")
+    bounds = np.linspace(0, len(out), parts + 1).astype(int).tolist()
     futures = [_pool.submit(work, start, stop) for start, stop in itertools.pairwise(bounds[:-1])]
     try:
-        work(bounds[-2], bounds[-1])
+        last = work(bounds[-2], bounds[-1])
     finally:
-        errors = [future.exception() for future in futures]
-    for error in errors:
-        if error is not None:
-            raise error
+        wait(futures)  # nobody may write into `out` after this function has ended
+    return [*(future.result() for future in futures), last]
 
 
 def _cores() -> int:
