@@ -39,7 +39,9 @@ def test_an_epoch_shows_each_pair_once_but_for_the_short_last_batch(size: tuple[
     seen = np.concatenate([plan.batch(step) for step in steps])
     assert all(len(plan.batch(step)) == plan.batch_size for step in steps)
     assert len(set(seen.tolist())) == len(seen) == plan.num_pairs - plan.dropped
-    assert plan.dropped < plan.batch_size and seen.min() >= 0 and seen.max() < plan.num_pairs
+    assert plan.dropped < plan.batch_size
+    assert seen.min() >= 0
+    assert seen.max() < plan.num_pairs
 
 
 @given(sizes, st.integers(0, 99), st.lists(st.integers(0, 500), min_size=1, max_size=8))
@@ -51,7 +53,8 @@ def test_a_batch_depends_on_seed_and_step_alone(size: tuple[int, int], seed: int
 
 def test_epochs_and_seeds_have_their_own_order() -> None:
     orders = [permutation(100, seed, epoch).tolist() for seed in range(3) for epoch in range(3)]
-    assert len({tuple(order) for order in orders}) == 9 and all(sorted(order) == list(range(100)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 9
+    assert all(sorted(order) == list(range(100)) for order in orders)
 
 
 def test_the_order_is_the_same_on_every_machine_and_version() -> None:
@@ -95,12 +98,14 @@ def test_the_caption_shown_is_always_one_of_the_image(counts: list[int], step: i
 def test_captions_are_drawn_uniformly_and_anew_in_every_epoch() -> None:
     make = maker(captioned([4, 4]), 2)
     counts = Counter(int(text) for step in range(2000) for text in make.text_rows(step))
-    assert set(counts) == set(range(8)) and all(400 < count < 600 for count in counts.values())
+    assert set(counts) == set(range(8))
+    assert all(400 < count < 600 for count in counts.values())
 
 
 def test_pairs_without_a_store_are_all_pairs_of_the_source(source: Scenes) -> None:
     pairs = pairs_of_source(source)
-    assert len(pairs) == len(source) and not pairs.left_out
+    assert len(pairs) == len(source)
+    assert not pairs.left_out
     for i in (0, 17):
         texts = [pairs.captions[int(pairs.caption_ids[t])].as_py() for t in pairs.text_rows[pairs.text_offsets[i] : pairs.text_offsets[i + 1]]]
         assert texts == [caption.text for caption in source.captions(i)]
@@ -109,7 +114,8 @@ def test_pairs_without_a_store_are_all_pairs_of_the_source(source: Scenes) -> No
 def test_images_without_captions_and_probe_captions_are_left_out_and_counted(select: Callable[..., Source]) -> None:
     captions = [(), (Caption("a probe", "probe"),), (Caption("a probe", "probe"), Caption("kept"))]
     pairs = pairs_of_source(select([0, 1, 2], captions=lambda i: captions[i]))
-    assert pairs.source_rows.tolist() == [2] and pairs.left_out == {"without a caption": 2}
+    assert pairs.source_rows.tolist() == [2]
+    assert pairs.left_out == {"without a caption": 2}
     assert [pairs.captions[int(pairs.caption_ids[t])].as_py() for t in pairs.text_rows] == ["kept"]
 
 
@@ -203,7 +209,8 @@ def test_reading_ahead_is_bounded_and_ends_with_its_threads() -> None:
     batches = read_ahead(make, range(1000), 2)  # type: ignore[arg-type]
     assert next(batches) == 0  # type: ignore[comparison-overlap]
     batches.close()
-    assert len(made) <= 6 and not any(t.name.startswith("batch") for t in threading.enumerate())
+    assert len(made) <= 6
+    assert not any(t.name.startswith("batch") for t in threading.enumerate())
 
 
 def test_an_error_while_reading_ahead_comes_at_its_step() -> None:
@@ -229,7 +236,8 @@ def test_kept_views_give_the_students_own_preprocessing_bit_by_bit(mode: str, in
     noise = np.random.default_rng(0).integers(0, 256, (5, 51, 67, 3), np.uint8)
     images = [Image.fromarray(pixels) for pixels in noise]
     kept = np.stack([keep(image) for image in images])
-    assert kept.dtype == np.uint8 and kept.shape == (5, 3, 40, 40)
+    assert kept.dtype == np.uint8
+    assert kept.shape == (5, 3, 40, 40)
     assert torch.equal(finish(torch.from_numpy(kept)), torch.stack([preprocess(image) for image in images]))
 
 

@@ -192,12 +192,15 @@ def central_differences(f: Callable[[Inputs], float], x: Inputs, field: str, ste
 def test_loss_is_a_finite_scalar_and_its_gradient_reaches_both_towers_and_never_the_teacher(name: str) -> None:
     objective, x = build(name, 6, 9, ids=[0, 1, 2, 3])
     loss, leaves = evaluate(objective, x, [0, 1, 2, 3])
-    assert loss.shape == () and torch.isfinite(loss)
+    assert loss.shape == ()
+    assert torch.isfinite(loss)
     loss.backward()
     for tower in ("image", "text"):
         gradient = leaves[tower].grad
-        assert gradient is not None and gradient.abs().sum() > 0
-    assert leaves["teacher_image"].grad is None and leaves["teacher_text"].grad is None
+        assert gradient is not None
+        assert gradient.abs().sum() > 0
+    assert leaves["teacher_image"].grad is None
+    assert leaves["teacher_text"].grad is None
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -224,7 +227,8 @@ def test_half_precision_embeddings_give_the_float32_loss(name: str) -> None:
     target, scale = positives(torch.arange(4)), torch.tensor(x.scale)
     low, _ = objective(halves[0], halves[1], scale, target, halves[2], halves[3])
     high, _ = objective(halves[0].float(), halves[1].float(), scale, target, halves[2].float(), halves[3].float())
-    assert low.dtype == torch.float32 and low == high
+    assert low.dtype == torch.float32
+    assert low == high
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -296,7 +300,8 @@ def test_literal_icl_uses_its_scale_without_exp_and_icl_exp_with_it() -> None:
 
 def test_icl_scale_starts_at_the_published_value() -> None:
     scale = Objective("icl", student_dim=4, teacher_dim=4).cross_scale
-    assert scale is not None and scale.item() == pytest.approx(2.6593, abs=1e-4)
+    assert scale is not None
+    assert scale.item() == pytest.approx(2.6593, abs=1e-4)
 
 
 @pytest.mark.parametrize("width", [512, 768, 1280])
@@ -347,7 +352,8 @@ def test_projectors_exist_where_a_term_projects_and_widths_differ_or_always() ->
         objective = Objective(loss, student_dim=student, teacher_dim=teacher, projector=projector)
         return any("projector" in n for n, _ in objective.named_parameters())
 
-    assert projects("clip-kd", 6, 9, "auto") and projects("clip-kd", 6, 6, "always")
+    assert projects("clip-kd", 6, 9, "auto")
+    assert projects("clip-kd", 6, 6, "always")
     assert not projects("clip-kd", 6, 6, "auto")
     assert not projects("clip + crd", 6, 9, "always"), "a projector that no term reads would never be trained"
 
@@ -357,7 +363,8 @@ def test_projectors_depend_on_the_seed_alone() -> None:
         torch.rand(7)
         return torch.cat([p.flatten() for p in Objective("clip-kd", student_dim=4, teacher_dim=5, seed=seed).parameters()])
 
-    assert torch.equal(weights(3), weights(3)) and not torch.equal(weights(3), weights(4))
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
 
 
 def test_equal_captions_are_positives_of_each_other_unless_literal() -> None:
@@ -405,4 +412,6 @@ def test_a_written_sum_reads_back(weights: dict[str, float]) -> None:
 @pytest.mark.parametrize("name", [n for n, e in LOSSES.items() if isinstance(e, Recipe)])
 def test_a_recipe_says_its_sum(name: str) -> None:
     entry = LOSSES[name]
-    assert isinstance(entry, Recipe) and parse_loss(entry.sum) == parse_loss(name) and entry.sum in entry.summary
+    assert isinstance(entry, Recipe)
+    assert parse_loss(entry.sum) == parse_loss(name)
+    assert entry.sum in entry.summary

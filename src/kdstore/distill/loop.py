@@ -56,7 +56,7 @@ class Training:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             image_BS = self.clip.encode_image(self.finish(batch.views_BCHW), normalize=False)  # type: ignore[operator]
             text_BS = self.clip.encode_text(batch.tokens_BL, normalize=False)  # type: ignore[operator]
-        scale = self.clip.logit_scale.exp()  # type: ignore[operator, union-attr]
+        scale = self.clip.logit_scale.exp()  # type: ignore[operator]
         target_BB = positives(batch.caption_ids_B, equal_captions=self.config.positives == "equal-captions")
         loss, values = self.objective(image_BS, text_BS, scale, target_BB, batch.teacher_image_BD, batch.teacher_text_BD)
         self.optimiser.zero_grad()
@@ -66,7 +66,7 @@ class Training:
         self.scaler.step(self.optimiser)
         self.scaler.update()
         with torch.no_grad():
-            self.clip.logit_scale.clamp_(0, MAX_LOG_SCALE)  # type: ignore[operator, union-attr]
+            self.clip.logit_scale.clamp_(0, MAX_LOG_SCALE)  # type: ignore[operator]
         self.step += 1
         return torch.stack([loss, *values.values(), norm, scale.squeeze()]).detach()
 

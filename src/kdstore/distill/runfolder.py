@@ -67,7 +67,8 @@ def load_checkpoint(path: Path, settings: dict[str, Any], device: torch.device) 
     try:
         state: dict[str, Any] = torch.load(path / CHECKPOINT, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        raise RunError(f"{path / CHECKPOINT} cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120]}).", "Remove it to start this run again.") from e
+        reason = f"{type(e).__name__}: {e}".splitlines()[0][:120]
+        raise RunError(f"{path / CHECKPOINT} cannot be read ({reason}).", "Remove it to start this run again.") from e
     if state.get("settings") != digest_of(settings):
         raise RunError(f"{path / CHECKPOINT} belongs to another run than {path / CONFIG}.", "Remove it to start this run again.")
     return state

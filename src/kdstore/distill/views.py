@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import Compose, Normalize, ToTensor  # type: ignore[import-untyped]
 
 Pixels = npt.NDArray[Any]
 
