@@ -1,7 +1,7 @@
 """The one form of a result: a JSON file that proves itself and says where it comes from, and its table in Markdown.
 
 Fields: `stage`, `model` (name, identity, parameters, run), `data`, `config`, `config_digest`, `rows` (a name and `scores` each), what the
-stage adds, and `made` (versions, device, seconds). Two runs of one seed on one machine differ in seconds alone.
+stage adds, and `made` (versions, device, seconds), the only part in which two runs of one seed on one machine differ.
 """
 
 from __future__ import annotations

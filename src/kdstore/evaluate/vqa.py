@@ -50,7 +50,8 @@ class VqaRow:
 
     name: str
     accuracy: dict[str, Any]
-    head: dict[str, Any] | None = None  # parameters, last training loss, seconds
+    head: dict[str, Any] | None = None  # kind, parameters, last training loss
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
         "seed": config.seed,
         "chance": chance,
         "rows": [{"row": row.name, "scores": _flat(row.accuracy), "accuracy": row.accuracy, "head": row.head} for row in rows],
-        "made": made_record(model.device, time.perf_counter() - started),
+        "made": {**made_record(model.device, time.perf_counter() - started), "head_seconds": {row.name: round(row.seconds, 1) for row in rows if row.head}},
     }
     return VqaResult(tuple(rows), chance, write_result(config.out, content))
 
@@ -157,8 +158,8 @@ def _scored_row(name: str, config: VqaConfig, task: _Task, model: Model, train_N
     loss = fit_head(head, train_NTW, train_rows, task.targets, config, model.device, on_progress=on_progress, stage=f"head: {name}")
     rows = pack_questions([words[q.question] for q in questions], [q.image for q in questions])
     answers = [task.vocabulary.spellings[i] for i in answer_questions(head, evaluated_NTW, rows, model.device)]
-    record = {"name": config.head, "parameters": head_parameters(head), "loss": loss, "seconds": round(time.perf_counter() - started, 1)}
-    return VqaRow(name, _accuracy(task, answers, config), record)
+    record = {"name": config.head, "parameters": head_parameters(head), "loss": loss}
+    return VqaRow(name, _accuracy(task, answers, config), record, time.perf_counter() - started)
 
 
 def _words(config: VqaConfig, task: _Task, model: Model) -> tuple[torch.Tensor | None, dict[str, Sequence[int]]]:

@@ -1,0 +1,143 @@
+"""The VQA protocol end to end on small splits of scenes, with a small model of random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from kdstore.errors import ConfigError, EvaluationError, UnknownName
+from kdstore.evaluate.datasets import VQA_DATASETS, open_vqa
+from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
+from kdstore.evaluate.results import markdown_table, read_result
+from kdstore.evaluate.vqa import VqaResult, evaluate_vqa
+from kdstore.jsonfile import digest_of, write_json
+from kdstore.models.load import load_model
+
+STORE = {"path": "store/x", "digest": "sha256:1", "identity": {"format": 1}}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as distillation leaves it: open_clip's layout and run.json."""
+    folder = tmp_path_factory.mktemp("runs") / "random"
+    folder.mkdir()
+    model = load_model("scenes-T", untrained=True, seed=7, device="cpu")
+    save_file({name: t.contiguous() for name, t in model.clip.state_dict().items()}, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(model.config))
+    write_json(folder / "run.json", {"stage": "distill", "settings_digest": "sha256:2", "store": STORE})
+    return folder
+
+
+def small(model_folder: Path, **settings: object) -> VqaConfig:
+    settings = {"train_images": 24, "eval_images": 16, "epochs": 1, "width": 16, "layers": 1, "device": "cpu", **settings}
+    return VqaConfig(model=f"local-dir:{model_folder}", **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def result(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> VqaResult:
+    return evaluate_vqa(small(model_folder, out=str(tmp_path_factory.mktemp("results") / "new" / "vqa.json")))
+
+
+def test_rows_are_the_model_and_its_controls(result: VqaResult) -> None:
+    assert [row.name for row in result.rows] == ["model", "question-only", "untrained", "vocabulary-oracle"]
+    split = open_vqa("scenes", "test", num_images=16)
+    for row in result.rows:
+        assert set(row.accuracy) == {"overall", "perQuestionType", "perAnswerType"}
+        assert set(row.accuracy["perQuestionType"]) == {q.question_type for q in split.questions}
+    oracle = result.rows[-1].accuracy["overall"]
+    assert all(0 <= row.accuracy["overall"] <= oracle <= 100 for row in result.rows)
+    heads = [row.head["parameters"] for row in result.rows if row.head is not None]
+    assert len(heads) == 3
+    assert heads[0] == heads[1] == heads[2]
+
+
+def test_the_written_result_proves_itself_and_says_where_it_comes_from(result: VqaResult, model_folder: Path) -> None:
+    path = Path(result.content["config"]["out"])
+    content = read_result(path)
+    assert content == result.content
+    assert (
+        content["model"]["identity"]["teacher"]["weights_sha256"] == load_model(f"local-dir:{model_folder}", device="cpu").identity["teacher"]["weights_sha256"]
+    )
+    assert content["model"]["run"] == {"digest": content["model"]["run"]["digest"], "settings_digest": "sha256:2", "store": STORE}
+    assert content["model"]["parameters"]["total"] > content["model"]["parameters"]["without_token_embedding"] > 0
+    assert content["metric"] == {"name": "vqa accuracy", "version": "2021"}
+    assert (content["data"]["train"]["name"], content["data"]["evaluated"]["name"]) == ("scenes/train:24", "scenes/test:16")
+    assert content["data"]["evaluated"]["coverage"] == pytest.approx(
+        100 * content["data"]["evaluated"]["answerable"] / content["data"]["evaluated"]["num_questions"], abs=0.01
+    )
+    assert content["config_digest"] == digest_of({k: v for k, v in content["config"].items() if k not in NOT_IN_DIGEST})
+    assert {"kdstore", "torch", "open_clip_torch"} <= set(content["made"]["versions"])
+    assert result.chance["overall"] <= max(result.chance.values())
+    path.write_bytes(path.read_bytes().replace(b'"overall": ', b'"overall": 1', 1))
+    with pytest.raises(EvaluationError, match="does not match the digest"):
+        read_result(path)
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(result: VqaResult, model_folder: Path) -> None:
+    again = evaluate_vqa(small(model_folder))
+    same = [{k: v for k, v in r.content.items() if k not in ("made", "digest", "config")} for r in (result, again)]
+    assert same[0] == same[1]
+    other = evaluate_vqa(small(model_folder, seed=1, controls=False))
+    assert [row.name for row in other.rows] == ["model"]
+    assert other.rows[0].head != result.rows[0].head
+
+
+def test_the_own_text_tower_is_a_second_labelled_protocol(result: VqaResult, model_folder: Path) -> None:
+    own = evaluate_vqa(small(model_folder, question_encoder="own-text-tower"))
+    assert own.content["config"]["question_encoder"] == "own-text-tower"
+    assert own.content["config_digest"] != result.content["config_digest"]
+    assert own.rows[0].head != result.rows[0].head
+
+
+def test_the_pooled_baseline_reads_the_embedding(model_folder: Path) -> None:
+    pooled = evaluate_vqa(small(model_folder, head="pooled", controls=False))
+    head = pooled.rows[0].head
+    assert head is not None
+    assert head["name"] == "pooled"
+    parameters = head["parameters"]
+    assert parameters["total"] - parameters["without_projections"] == (load_model("scenes-T", untrained=True, device="cpu").embed_dim + 1) * 16
+
+
+def test_questions_that_the_vocabulary_cannot_answer_are_dropped_from_training_alone_and_counted(model_folder: Path) -> None:
+    content = evaluate_vqa(small(model_folder, min_answer_count=15, controls=False)).content
+    train, evaluated = content["data"]["train"], content["data"]["evaluated"]
+    assert 0 < train["dropped"] < train["num_questions"]
+    assert 0 < evaluated["coverage"] < 100
+    assert evaluated["num_questions"] == len(open_vqa("scenes", "test", num_images=16).questions)
+
+
+def test_a_table_names_rows_and_marks_missing_scores(result: VqaResult) -> None:
+    content = {**result.content, "rows": [*result.content["rows"], {"row": "other", "scores": {"overall": 1.0}}]}
+    lines = markdown_table([content]).splitlines()
+    assert lines[0].startswith("| model | overall | ")
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        f"| {content['model']['name']}{suffix}" for suffix in ("", ", question-only", ", untrained", ", vocabulary-oracle", ", other")
+    ]
+    assert lines[-1].endswith("| 1.00 | - | - | - | - | - | - |")
+    with pytest.raises(EvaluationError, match="one stage"):
+        markdown_table([content, {**content, "stage": "evaluate retrieval"}])
+
+
+def test_wrong_settings_get_one_clear_line_before_any_work(model_folder: Path, tmp_path: Path) -> None:
+    for field, name in (("dataset", "scene"), ("head", "coatention"), ("metric_version", "2020")):
+        with pytest.raises(UnknownName, match=name):
+            evaluate_vqa(small(model_folder, **{field: name}))
+    with pytest.raises(ConfigError, match="is a folder"):
+        evaluate_vqa(small(model_folder, out=str(tmp_path)))
+    for settings in ({"question_encoder": "own"}, {"epochs": 0}, {"width": 18}, {"warmup": 1.0}, {"eval_images": 0}):
+        with pytest.raises(ConfigError, match="must"):
+            small(model_folder, **settings)
+    with pytest.raises(UnknownName, match="scenes split"):
+        evaluate_vqa(small(model_folder, eval_split="tests"))
+    with pytest.raises(EvaluationError, match="No result file"):
+        read_result(tmp_path / "none.json")
+
+
+def test_every_setting_is_either_protocol_or_named_as_none() -> None:
+    names = {f.name for f in dataclasses.fields(VqaConfig)}
+    assert set(NOT_IN_DIGEST) < names
+    assert VqaConfig(model="x").dataset in VQA_DATASETS
