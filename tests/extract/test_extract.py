@@ -1,0 +1,140 @@
+"""Extraction: what the store holds is what the teacher says, however often the run was stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdstore.data.scenes import Scenes
+from kdstore.data.sources import open_source
+from kdstore.errors import DiskFull, IdentityMismatch, KdstoreError, ModelError, SourceError
+from kdstore.extract import ExtractConfig, extract
+from kdstore.models.encode import encode_image_tokens, encode_text, encode_text_tokens
+from kdstore.models.load import load_model
+from kdstore.store import Plan, open_store, verify_store
+
+
+def config(out, **changes):
+    return ExtractConfig(**{"teacher": "scenes-T", "untrained_seed": 0, "data": "scenes/val:70", "out": str(out), "unit_rows": 32, "device": "cpu", **changes})
+
+
+def cosine(a, b):
+    a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (a, b))
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def test_cached_features_equal_live_ones(tmp_path):
+    extract(config(tmp_path / "s", tokens="both"))
+    store, model, source = open_store(tmp_path / "s"), load_model("scenes-T", untrained=True, device="cpu"), Scenes("val", 70)
+    rows = [69, 0, 33, 5]
+    embedding, tokens = encode_image_tokens(model, torch.stack([model.preprocess(source.image(i).image) for i in rows]))
+    assert cosine(store.gather("image/embedding", rows), embedding.numpy()).min() >= 0.9999
+    assert cosine(store.gather("image/tokens", rows), tokens.numpy()).min() >= 0.9999
+    texts = [c.text for i in range(70) for c in source.captions(i)]
+    assert store.captions() == texts
+    assert cosine(store.gather("text/embedding", np.arange(len(texts))), encode_text(model, texts).numpy()).min() >= 0.9999
+    hidden, lengths = encode_text_tokens(model, texts[:9])
+    assert np.abs(store.gather("text/tokens", np.arange(9)) - hidden.numpy()).max() < 2e-3
+    assert store.gather("text/length", np.arange(9)).tolist() == lengths.tolist()
+
+
+def test_batch_size_and_threads_do_not_enter_the_identity(tmp_path):
+    first = extract(config(tmp_path / "s"))
+    again = extract(config(tmp_path / "s", batch=16, threads=1))
+    assert again.digest == first.digest
+    assert again.written_images == 0
+
+
+def test_an_undecodable_image_keeps_its_row_and_is_counted(tmp_path):
+    for k in range(5):
+        Image.new("RGB", (70, 64), (50 * k, 9, 9)).save(tmp_path / f"{k}.png")
+    (tmp_path / "2.png").write_text("no image")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{k}.png,number {k}\n" for k in range(5)))
+    result = extract(config(tmp_path / "s", data=str(tmp_path), tokens="image"))
+    store = open_store(tmp_path / "s")
+    assert result.invalid_images == 1
+    assert store.image_valid.tolist() == [True, True, False, True, True]
+    assert np.isnan(store.gather("image/embedding", [2])).all()
+    assert np.isnan(store.gather("image/tokens", [2])).all()
+    assert np.isfinite(store.gather("image/embedding", [0, 1, 3, 4])).all()
+    assert "UnidentifiedImageError" in store.index("image", "reason")[2].as_py()
+    assert store.gather("text/embedding", np.arange(5)).shape == (5, 64)
+
+
+def test_too_many_undecodable_images_end_the_run(tmp_path):
+    (tmp_path / "rows.csv").write_text("path,caption\n" + "".join(f"{k}.png,c {k}\n" for k in range(40)))
+    with pytest.raises(SourceError, match="32 of the first 32 images"):
+        extract(config(tmp_path / "s", data=str(tmp_path / "rows.csv")))
+
+
+def test_another_teacher_or_other_data_is_refused_and_the_store_stays(tmp_path):
+    digest = extract(config(tmp_path / "s")).digest
+    for change in ({"untrained_seed": 1}, {"data": "scenes/val:71"}, {"tokens": "image"}):
+        with pytest.raises(IdentityMismatch):
+            extract(config(tmp_path / "s", **change))
+    assert open_store(tmp_path / "s").digest == digest
+    assert not verify_store(tmp_path / "s").damaged
+
+
+def test_a_killed_run_resumes_to_the_same_digest(tmp_path):
+    whole = extract(config(tmp_path / "whole", data="scenes/val:400", batch=8)).digest
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from kdstore.extract import ExtractConfig, extract\n"
+        f"extract(ExtractConfig(teacher='scenes-T', untrained_seed=0, data='scenes/val:400', out={str(tmp_path / 'killed')!r}, unit_rows=32, batch=8, device='cpu'))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
+    units = tmp_path / "killed"
+    deadline = time.monotonic() + 120
+    while len(list(units.rglob("image-*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    result = extract(config(tmp_path / "killed", data="scenes/val:400", batch=8))
+    assert result.digest == whole
+    assert result.written_images < 400
+
+
+def test_a_run_that_cannot_fit_is_refused_before_the_first_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdstore.extract.run.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
+    with pytest.raises(DiskFull, match="GB are free"):
+        extract(config(tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
+
+
+def test_values_beyond_float16_are_refused_and_float32_is_offered(tmp_path):
+    model = load_model("scenes-T", untrained=True, device="cpu")
+    with torch.no_grad():
+        model.clip.visual.proj.mul_(1e7)
+    torch.save(model.clip.state_dict(), tmp_path / "large.pt")
+    changes = {"pretrained": str(tmp_path / "large.pt"), "untrained_seed": None}
+    with pytest.raises(ModelError, match="dtype=float32"):
+        extract(config(tmp_path / "s", **changes))
+    assert extract(config(tmp_path / "t", dtype="float32", **changes)).images == 70
+
+
+def test_a_long_run_checks_the_teacher_first_and_warns_at_chance(tmp_path):
+    said = []
+    extract(config(tmp_path / "s", data="scenes/val:512", unit_rows=512), on_progress=lambda stage, done, total, note: said.append((stage, note)))
+    assert any(stage == "warning" and "Sanity check" in note for stage, note in said)
+    assert {"load", "plan", "images", "texts"} <= {stage for stage, _ in said}
+
+
+def test_the_fingerprint_is_that_of_the_source(tmp_path):
+    extract(config(tmp_path / "s"))
+    source = open_source("scenes/val:70")
+    plan = Plan.freeze((source.key(i), source.captions(i)) for i in range(70))
+    assert open_store(tmp_path / "s").identity["source"]["fingerprint"] == plan.fingerprint
+
+
+@pytest.mark.parametrize("change", [{"tokens": "images"}, {"dtype": "bf16"}, {"unit_rows": 0}, {"batch": 0}, {"max_invalid": 2.0}])
+def test_a_wrong_setting_is_refused_at_once(change):
+    with pytest.raises(KdstoreError):
+        config("s", **change)
