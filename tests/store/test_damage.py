@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numcodecs.zstd import Zstd
 
 from kdstore.errors import DamagedStore, StoreError
 from kdstore.jsonfile import write_json
-from kdstore.store import open_store, verify_store
-from kdstore.store.shard import crc32c
+from kdstore.store import ArraySpec, open_store, verify_store
+from kdstore.store.layout import ZSTD
+from kdstore.store.shard import crc32c, decode_chunk, zstd_content_size
 
 
 def read_all(path: Path) -> None:
@@ -127,6 +131,20 @@ def test_a_file_that_the_manifest_does_not_list_is_reported(copied: Path) -> Non
     assert [(damage.path, damage.reason) for damage in verify_store(copied).damaged] == [("image/embedding/c/9/0", "is not in the manifest")]
 
 
+@given(st.integers(0, 70000), st.integers(1, 9))
+def test_the_size_in_a_zstd_frame_is_read_before_decoding(size: int, level: int) -> None:
+    frame = np.frombuffer(Zstd(level=level).encode(bytes(size)), np.uint8)
+    assert zstd_content_size(frame) == size
+
+
+def test_a_zstd_chunk_of_another_size_is_damaged_and_not_half_filled() -> None:
+    spec = ArraySpec("text/a", (4, 6), "float16", (4, 6), (4, 6), ZSTD, ("text", "channel"))
+    assert len(decode_chunk(spec, np.frombuffer(Zstd().encode(bytes(48)), np.uint8))) == 48
+    for content in (Zstd().encode(bytes(47)), Zstd().encode(bytes(1 << 20)), b"", b"no frame"):
+        with pytest.raises(ValueError, match="does not hold 48 bytes"):
+            decode_chunk(spec, np.frombuffer(content, np.uint8))
+
+
 def _forge(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Write a manifest that proves itself and lies."""
     manifest = json.loads((path / "manifest.json").read_text())
@@ -157,6 +175,15 @@ def test_a_gigantic_declared_shape_allocates_nothing(copied: Path) -> None:
     _forge(copied, lie)
     with pytest.raises(DamagedStore, match="expected 125000000000000 uint32"):
         open_store(copied).gather("image/embedding", [0])
+
+
+@pytest.mark.parametrize("name", ["index/offsets.npy", "checks/image/embedding.npy", "index/text/00000.parquet", "text/embedding/zarr.json"])
+def test_a_listed_file_of_another_kind_is_damage(copied: Path, name: str) -> None:
+    (copied / name).write_bytes(b"another kind")
+    _forge(copied, lambda manifest: manifest["files"][name].update(size=12, sha256=hashlib.sha256(b"another kind").hexdigest()))
+    assert verify_store(copied).ok
+    with pytest.raises(DamagedStore, match=name.removesuffix("/00000.parquet")):
+        read_all(copied)
 
 
 @pytest.mark.parametrize(

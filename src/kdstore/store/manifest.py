@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kdstore.errors import DamagedStore, IncompleteStore, StoreError, StoreNotFound
 from kdstore.jsonfile import digest_of, read_json
@@ -69,7 +73,7 @@ class Manifest:
             raise DamagedStore(f"{full} is a link; files of a store must lie in its folder{entry.said()}.", "Copy the file into the store.")
         try:
             fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError as e:
+        except (FileNotFoundError, NotADirectoryError) as e:
             raise DamagedStore(f"{full} is missing{entry.said()}.", RESTORE) from e
         size = os.fstat(fd).st_size
         if size != entry.size:
@@ -85,6 +89,16 @@ class Manifest:
         if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
             raise DamagedStore(f"{self.root / path} does not match its sha256{entry.said()}.", RESTORE)
         return content
+
+    def load(self, path: str, length: int, dtype: str) -> npt.NDArray[Any]:
+        """Return the one-dimensional array of a listed .npy file, its sha256 compared; raises DamagedStore unless it is `length` numbers of `dtype`."""
+        try:
+            array = np.load(io.BytesIO(self.read(path)), allow_pickle=False)
+        except (ValueError, EOFError) as e:
+            raise DamagedStore(f"{self.root / path} is not a NumPy file ({e}).", RESTORE) from e
+        if array.shape != (length,) or array.dtype != np.dtype(dtype):
+            raise DamagedStore(f"{self.root / path} holds {array.shape} {array.dtype}, expected {length} {np.dtype(dtype)}.", RESTORE)
+        return np.asarray(array)
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -102,7 +116,7 @@ def read_manifest(root: Path) -> Manifest:
         if content["identity_digest"] != digest_of(content["identity"]):
             raise ValueError("identity_digest is not that of identity")
         content["plan"]["images"], content["plan"]["texts"], content["arrays"].items()
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise DamagedStore(f"{path} is not a manifest of format {FORMAT} ({type(e).__name__}: {e}).", "Restore the file from its origin.") from e
     return Manifest(root, content, files)
 

@@ -81,10 +81,7 @@ class Store:
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
         """Offsets int64 [N + 1]: the texts of image i are rows `offsets[i]:offsets[i + 1]`."""
-        offsets = np.load(io.BytesIO(self._manifest.read(OFFSETS)), allow_pickle=False)
-        if offsets.shape != (self.num_images + 1,) or offsets.dtype != np.dtype("<i8"):
-            raise DamagedStore(f"{self.path / OFFSETS} holds {offsets.shape} {offsets.dtype}, expected {self.num_images + 1} int64.", RESTORE)
-        return offsets
+        return self._manifest.load(OFFSETS, self.num_images + 1, "<i8")
 
     @cached_property
     def image_valid(self) -> npt.NDArray[np.bool_]:
@@ -112,7 +109,10 @@ class Store:
         """Return one column of `index/<side>/*.parquet` in row order; raises DamagedStore."""
         paths = sorted(path for path in self._manifest.files if path.startswith(f"index/{side}/"))
         rows = self.num_images if side == "image" else self.num_texts
-        parts = [pq.read_table(io.BytesIO(self._manifest.read(path)), columns=[column])[column] for path in paths]
+        try:
+            parts = [pq.read_table(io.BytesIO(self._manifest.read(path)), columns=[column])[column] for path in paths]
+        except (pa.ArrowException, KeyError) as e:
+            raise DamagedStore(f"{self.path}/index/{side} has no column {column} that can be read ({e}).", RESTORE) from e
         found = sum(len(part) for part in parts)
         if found != rows:
             raise DamagedStore(f"{self.path}/index/{side} holds {found} rows, expected {rows}.", RESTORE)
@@ -125,7 +125,10 @@ def open_store(path: str | Path) -> Store:
 
 
 def _spec(manifest: Manifest, name: str) -> ArraySpec:
-    metadata = json.loads(manifest.read(f"{name}/zarr.json"))
+    try:
+        metadata = json.loads(manifest.read(f"{name}/zarr.json"))
+    except (ValueError, RecursionError) as e:
+        raise DamagedStore(f"{manifest.root / name}/zarr.json is not JSON ({e}).", RESTORE) from e
     if metadata != manifest.content["arrays"][name]:
         raise DamagedStore(f"{manifest.root / name}/zarr.json is not what the manifest says of {name}.", RESTORE)
     spec = ArraySpec.from_metadata(name, metadata)

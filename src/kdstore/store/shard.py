@@ -171,13 +171,24 @@ def decode_chunk(spec: ArraySpec, payload: Bytes) -> Bytes:
     if spec.codecs == PLAIN:
         return payload
     assert spec.codecs == ZSTD
-    size = spec.chunk[0] * spec.row_bytes
-    raw = np.empty(size, np.uint8)
+    raw = np.empty(spec.chunk[0] * spec.row_bytes, np.uint8)
+    if zstd_content_size(payload) != len(raw):
+        raise ValueError(f"its zstd frame does not hold {len(raw)} bytes")
     try:
         _ZSTD.decode(payload, out=raw)
-    except RuntimeError as e:  # what numcodecs raises for a frame that is damaged or of another size
+    except RuntimeError as e:  # what numcodecs raises for a damaged frame
         raise ValueError(str(e)) from e
     return raw
+
+
+def zstd_content_size(frame: Bytes) -> int:
+    """Return the decoded size that a zstd frame's header states, -1 if none (RFC 8878, section 3.1.1.1); numcodecs would leave a longer buffer half filled."""
+    header = frame[:18].tobytes().ljust(18, b"\0")
+    descriptor = header[4]
+    single_segment = descriptor >> 5 & 1
+    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    width = (single_segment, 2, 4, 8)[descriptor >> 6]
+    return int.from_bytes(header[start : start + width], "little") + (256 if width == 2 else 0) if width else -1
 
 
 def crc32c(content: bytes | Bytes) -> int:
