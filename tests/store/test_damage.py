@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,11 @@ DAMAGE = [flip, flip_last, shorten, empty, lengthen, Path.unlink, link]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_damage_to_any_file_is_found_by_verify_and_by_a_reader(copied: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_damage_to_a_file_of_any_kind_is_found_by_verify_and_by_a_reader(copied: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     files = json.loads((copied / "manifest.json").read_text())["files"]
     read_all(copied)
-    for name in files:
+    last_of_each_kind = {re.sub(r"\d+", "N", name): name for name in files}.values()
+    for name in last_of_each_kind:
         kept = (copied / name).read_bytes()
         damage(copied / name)
         (found,) = verify_store(copied).damaged

@@ -64,7 +64,7 @@ def write_array(path: Path, plan: Plan, spec: ArraySpec, values: np.ndarray) -> 
     return open_store(path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layouts(), st.data())
 def test_gather_is_numpy_and_zarr_for_any_layout(tmp_path: Path, layout: tuple[Plan, ArraySpec, np.ndarray], data: st.DataObject) -> None:
     plan, spec, values = layout
