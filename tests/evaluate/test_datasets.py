@@ -91,6 +91,8 @@ def test_what_is_missing_is_named_with_the_folder_looked_in(tmp_path: Path) -> N
         ('{"image": "a.png", "question": "q"}', "it has image, question"),
         ('{"image": "a.png", "question": "q", "answers": []}', "Line 1"),
         ('{"image": "a.png", "question": "q", "answer": 3}', "found 3"),
+        ('{"image": "a.png", "question": "q", "answer": "x", "question_id": [1]}', "expected a number or a text"),
+        ('{"image": "a.png", "question": "q", "answer": "x", "question_id": 1}\n' * 2, "1 repeated question ids .first: 1"),
         ("", "holds no question"),
     ],
 )

@@ -7,7 +7,9 @@ to a later version.
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,17 +75,26 @@ def open_vqa(name: str, split: str, *, folder: str | Path | None = None, num_ima
         opened = replace(opened, name=f"{opened.name}:{num_images}", questions=questions, image_names=opened.image_names[:num_images])
     if not opened.questions:
         raise EvaluationError(f"{opened.name} holds no question.", "Give a split that has questions.")
+    repeated = [i for i, n in Counter(q.question_id for q in opened.questions).items() if n > 1]
+    if repeated:
+        raise EvaluationError(f"{opened.name} has {len(repeated)} repeated question ids (first: {repeated[0]}).", "Give every question an id of its own.")
     return opened
 
 
 def _scenes(folder: Path | None, split: str, num_images: int | None) -> VqaSplit:
     if folder is not None:
         raise EvaluationError(f"scenes are built in and take no folder, found {folder}.", "Leave the folder out.")
+    return _drawn_scenes(split, num_images)
+
+
+@functools.lru_cache(maxsize=4)  # several models are evaluated on the same scenes: ask and draw them once
+def _drawn_scenes(split: str, num_images: int | None) -> VqaSplit:
     source = Scenes(split, num_images)
     questions = tuple(
         VqaQuestion(q.question_id, i, q.question, q.question_type, q.answer_type, q.answers) for i in range(len(source)) for q in source.questions(i)
     )
-    return VqaSplit(f"scenes/{split}", questions, tuple(source.key(i) for i in range(len(source))), source.image)
+    draw = functools.lru_cache(maxsize=1 << 14)(source.image)  # 200 MB at most
+    return VqaSplit(f"scenes/{split}", questions, tuple(source.key(i) for i in range(len(source))), draw)
 
 
 def _easy_vqa(folder: Path | None, split: str, num_images: int | None) -> VqaSplit:
@@ -114,10 +125,13 @@ def _jsonl(folder: Path | None, split: str, num_images: int | None) -> VqaSplit:
                 f"Line {line} of {path} must have the texts 'image' and 'question', and 'answers' (a list) or 'answer'; it has {', '.join(row)}.",
                 "Correct the line.",
             )
+        question_id = row.get("question_id", line)
+        if not isinstance(question_id, int | str):
+            raise EvaluationError(f"Line {line} of {path} has the question_id {question_id!r}; expected a number or a text.", "Correct the line.")
         image = number.setdefault(path.parent / row["image"], len(number))
         records = _records(answers)
         answer_type = row.get("answer_type", _answer_type([r["answer"] for r in records]))
-        questions.append(VqaQuestion(row.get("question_id", line), image, row["question"], row.get("question_type", "all"), answer_type, records))
+        questions.append(VqaQuestion(question_id, image, row["question"], row.get("question_type", "all"), answer_type, records))
     return _image_files(f"jsonl/{split}", tuple(questions), tuple(number))
 
 
