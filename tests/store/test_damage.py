@@ -59,7 +59,8 @@ def lengthen(path: Path) -> None:
 
 def link(path: Path) -> None:
     """Put the right bytes where somebody else could change them."""
-    outside = path.parents[len(path.parents) - 3] / f"outside-{os.getpid()}"
+    store = next(folder for folder in path.parents if (folder / "manifest.json").exists())
+    outside = store.parent / "outside"
     outside.write_bytes(path.read_bytes())
     path.unlink()
     path.symlink_to(outside)
