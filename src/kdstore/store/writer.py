@@ -167,6 +167,7 @@ class StoreWriter:
         take_lock(build / _LOCK)
         try:
             if (path / MANIFEST).is_file():  # sealed by another process before we had the lock
+                release_lock(build / _LOCK)
                 return cls._of_complete(path, plan, specs, asked)
             if (build / "build.json").is_file():
                 _refuse_differences(path, asked, read_json(build / "build.json"))
