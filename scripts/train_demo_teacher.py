@@ -171,7 +171,7 @@ def export(model: torch.nn.Module, args: argparse.Namespace, out: Path, curve: l
     """Write open_clip's local-dir layout and the card."""
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((CONFIGS / f"{args.name}.json").read_text())
-    preprocess = {k: v for k, v in model.visual.preprocess_cfg.items()}
+    preprocess = dict(model.visual.preprocess_cfg.items())
     (out / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n")
     save_file({k: v.detach().half().contiguous() for k, v in model.state_dict().items()}, out / "open_clip_model.safetensors")
     options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items() if k not in ("name", "out", "every", "threads"))

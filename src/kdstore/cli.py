@@ -24,7 +24,9 @@ from kdstore.progress import OnProgress
 
 C = TypeVar("C")
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Distil CLIP-style models from a store of precomputed teacher features.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Distil CLIP-style models from a store of precomputed teacher features."
+)
 evaluate_app = typer.Typer(no_args_is_help=True, help="Score a model: visual question answering, retrieval.")
 store_app = typer.Typer(no_args_is_help=True, help="Look at a feature store and check it.")
 list_app = typer.Typer(no_args_is_help=True, help="List what can be named.")

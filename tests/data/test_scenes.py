@@ -1,6 +1,7 @@
 """The built-in world: deterministic, splits apart, questions that their text does not answer."""
 
 import hashlib
+import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_hues_of_neighbouring_names_overlap():
     for i in range(1500):
         for t in scenes.make_scene("train", i).things:
             hues[t.color].append((t.hue - HUES[t.color] + 180) % 360 - 180)
-    for color, after in zip(COLORS, COLORS[1:], strict=False):
+    for color, after in itertools.pairwise(COLORS):
         assert HUES[color] + max(hues[color]) > HUES[after] + min(hues[after])
 
 

@@ -87,7 +87,8 @@ def test_a_killed_run_resumes_to_the_same_digest(tmp_path):
     code = (
         "import torch; torch.set_num_threads(1)\n"
         "from kdstore.extract import ExtractConfig, extract\n"
-        f"extract(ExtractConfig(teacher='scenes-T', untrained_seed=0, data='scenes/val:400', out={str(tmp_path / 'killed')!r}, unit_rows=32, batch=8, device='cpu'))\n"
+        f"out = {str(tmp_path / 'killed')!r}\n"
+        "extract(ExtractConfig(teacher='scenes-T', untrained_seed=0, data='scenes/val:400', out=out, unit_rows=32, batch=8, device='cpu'))\n"
     )
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
     units = tmp_path / "killed"

@@ -158,9 +158,7 @@ def _place(dice: _Dice, names: dict[str, str], placed: list[Thing]) -> Thing | N
     looks = {"hue": hue % 360, "saturation": dice.uniform(0.6, 1.0), "value": dice.uniform(0.6, 1.0), "turn": dice.uniform(-15, 15)}
     for _ in range(12):
         x, y = (dice.uniform(0.9 * radius, IMAGE_SIZE - 0.9 * radius) for _ in range(2))
-        if all(
-            abs(x - t.x) >= MIN_GAP and abs(y - t.y) >= MIN_GAP and math.hypot(x - t.x, y - t.y) >= 0.75 * (radius + t.radius) for t in placed
-        ):
+        if all(abs(x - t.x) >= MIN_GAP and abs(y - t.y) >= MIN_GAP and math.hypot(x - t.x, y - t.y) >= 0.75 * (radius + t.radius) for t in placed):
             return Thing(**names, x=x, y=y, radius=radius, **looks)  # type: ignore[arg-type]
     return None
 
@@ -324,7 +322,7 @@ def questions(split: str, index: int, scene: Scene | None = None) -> tuple[Quest
         if found is not None:
             text, truth, other, dissent = found
             answers = dice.shuffled([other] * dissent + [truth] * (10 - dissent))
-            records = tuple({"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(answers, start=1))
+            records: tuple[dict[str, str | int], ...] = tuple({"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(answers, start=1))
             answer_type = "yes/no" if truth in ("yes", "no") else "number" if truth.isdigit() else "other"
             asked.append(Question(index * 10 + slot, text, kind, answer_type, records, truth))
     return tuple(asked)

@@ -6,6 +6,7 @@ A spec is text that names the data completely; options that are not part of it (
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -174,10 +175,8 @@ def _column(spec: str, found: list[str], what: str, usual: tuple[str, ...], aske
 def _texts(value: Any) -> list[str]:
     """Read a caption cell: a text, a list of texts, or a list written as JSON; empty ones are left out."""
     if isinstance(value, str) and value.startswith("["):
-        try:
+        with contextlib.suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     texts = value if isinstance(value, list) else [value]
     return [t.strip() for t in texts if isinstance(t, str) and t.strip()]
 

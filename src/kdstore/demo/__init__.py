@@ -1,1 +1,1 @@
-"""demo."""
+"""The built-in teachers and the demo run: the whole pipeline on scenes."""

@@ -272,7 +272,7 @@ def _check_teacher(model: Model, source: Source, batch: int) -> dict[str, Any] |
     warning = ""
     if recall < 2.5 * chance:
         warning = (
-            f"Sanity check: {model.name.name} finds the image of a caption among {len(texts)} in the top 5 {recall:.0f} % of the time (chance is {chance:.0f} %). "
+            f"Sanity check: in {recall:.0f} % of {len(texts)} pairs {model.name.name} has a caption's image in the top 5 (chance is {chance:.0f} %). "
             "Check the weights, or that the captions are of its kind."
         )
     return {"pairs": len(texts), "image_retrieval_recall@5": round(recall, 2), "chance": round(chance, 2), "warning": warning}

@@ -34,7 +34,7 @@ class Model:
     `config` is open_clip's `{"model_cfg", "preprocess_cfg"}`; `identity` has the sub-digests `teacher`, `preprocessing`, `tokenizer`.
     """
 
-    clip: torch.nn.Module
+    clip: Any  # CLIP, CustomTextCLIP or CoCa of open_clip
     name: ModelName
     config: dict[str, Any]
     preprocess: Callable[[Any], torch.Tensor]
