@@ -114,7 +114,7 @@ def make_store(source: Scenes, teacher: Model, features: Features, tmp_path_fact
         identity = {
             "format": 1,
             "teacher": {"name": "scenes-T", "embed_dim": dim, "logit_scale": logit_scale, "logit_bias": None},
-            "source": {"spec": source.spec, "fingerprint": plan.fingerprint},
+            "source": {"fingerprint": plan.fingerprint},
         }
         image = features.image.copy()
         image[list(invalid)] = np.nan
@@ -127,7 +127,7 @@ def make_store(source: Scenes, teacher: Model, features: Features, tmp_path_fact
                         attempt.append(f"{unit.side}/embedding", block.astype(dtype))
                     if unit.side == "image":
                         attempt.index([image_row(source, i, i not in set(invalid)) for i in range(unit.start, unit.stop)])
-            writer.finalise({})
+            writer.finalise({"source": source.spec})
         return path
 
     return make

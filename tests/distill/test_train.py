@@ -105,6 +105,15 @@ def test_a_half_precision_store_gives_the_curve_of_the_live_teacher_in_half_prec
         np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / name), rtol=rtol)
 
 
+def test_a_store_that_does_not_say_its_source_asks_for_it(config: DistillConfig, store: Path, source: Scenes, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "bare")
+    (tmp_path / "bare" / "run.json").unlink()
+    bare = dataclasses.replace(config, cache=str(tmp_path / "bare"), samples=8)
+    with pytest.raises(ConfigError, match="Give --data"):
+        distill(bare)
+    assert distill(dataclasses.replace(bare, data=source.spec)).steps == 1
+
+
 def test_a_student_without_a_teacher_sees_the_same_batches(config: DistillConfig, source: Scenes, tmp_path: Path) -> None:
     distill(dataclasses.replace(config, loss="none"))
     distill(dataclasses.replace(config, loss="clip", cache=None, data=source.spec, out=str(tmp_path / "alone")))

@@ -189,6 +189,11 @@ def parse_loss(text: str) -> dict[str, float]:
             return weights
 
 
+def describe_losses() -> dict[str, str]:
+    """Return one line about each loss by name."""
+    return {name: entry.summary for name, entry in LOSSES.items()}
+
+
 def terms_of(weights: dict[str, float]) -> dict[str, Term]:
     """Return the terms of a parsed loss by name."""
     return {name: term for name in weights if isinstance(term := LOSSES[name], Term)}

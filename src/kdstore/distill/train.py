@@ -99,7 +99,10 @@ def _open_source(config: DistillConfig, store: Store | None) -> Source:
         return open_source(config.data)
     if store is None:
         raise ConfigError("A student without a teacher needs images.", "Give --data SOURCE.")
-    return open_source(store.identity["source"]["spec"])
+    record = store.path / "run.json"  # beside the manifest: where the data lay is no part of what the features are
+    if not record.is_file():
+        raise ConfigError(f"{store.path} has no run.json that says which data it was extracted from.", "Give --data SOURCE.")
+    return open_source(read_json(record)["source"])
 
 
 def _settings(config: DistillConfig, store: Store | None, source: Source, targets: Targets | None, precision: str) -> dict[str, Any]:
