@@ -192,7 +192,8 @@ def store_verify(path: Path, as_json: Json = False) -> None:
     elif not report.damaged:
         print(f"{path}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB, whole ({report.digest}).")
     for damage in report.damaged:
-        _say(f"damaged: {damage}")
+        rows = "the whole store" if damage.rows is None else f"rows {damage.rows[0]} to {damage.rows[1] - 1}"
+        _say(f"damaged: {damage.path} ({rows}) {damage.reason}")
     if report.damaged:
         raise typer.Exit(1)
 
@@ -204,7 +205,8 @@ def store_stats(path: Path, as_json: Json = False) -> None:
 
     with _bars() as on_progress:
         stats = store.store_stats(path, on_progress=on_progress)
-    _print(stats, as_json)
+    lines = [f"{name}: {s['rows']} rows, {s['nan']} NaN, {s['inf']} infinite, norm {s['norm']}" for name, s in stats["arrays"].items()]
+    _print(stats, as_json, text="\n".join(lines))
 
 
 @list_app.command("teachers")

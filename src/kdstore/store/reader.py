@@ -58,6 +58,22 @@ class Store:
     def num_texts(self) -> int:
         return int(self.manifest["plan"]["texts"])
 
+    def summary(self) -> dict[str, Any]:
+        """Tell in a few JSON values what the store holds."""
+        teacher = self.identity.get("teacher", {})
+        return {
+            "path": str(self.path),
+            "digest": self.digest,
+            "teacher": teacher.get("name"),
+            "weights": teacher.get("weights_sha256"),
+            "images": self.num_images,
+            "undecodable": int((~self.image_valid).sum()),
+            "texts": self.num_texts,
+            "arrays": {name: f"{list(spec.shape)} {spec.dtype}" for name, spec in self.arrays.items()},
+            "bytes": sum(entry.size for entry in self._manifest.files.values()),
+            "fingerprint": self.fingerprint,
+        }
+
     def require(self, *names: str) -> None:
         """Raise MissingFeature unless the store holds all these arrays."""
         if missing := [name for name in names if name not in self.arrays]:
