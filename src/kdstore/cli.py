@@ -310,17 +310,22 @@ def _bars() -> Iterator[OnProgress]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, refresh_per_second=4) as bars:
+    bars = Progress(*columns, console=console, refresh_per_second=4)
 
-        def on_progress(stage: str, done: int, total: int, note: str = "") -> None:
-            if stage in ("warning", "notice"):
-                bars.console.print(f"{stage}: {note}", style="yellow" if stage == "warning" else None, soft_wrap=True)
-                return
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, note=note)
-            bars.update(tasks[stage], completed=done, total=total, note=note)
+    def on_progress(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage == "warning":
+            console.print(f"warning: {note}", style="yellow", soft_wrap=True)
+            return
+        bars.start()  # at the first report, so that an error before it is one line alone
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total, note=note)
+        bars.update(tasks[stage], completed=done, total=total, note=note)
 
+    try:
         yield on_progress
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def _quiet_libraries() -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 from kdstore.data.scenes import Scenes
 from kdstore.data.sources import open_source
 from kdstore.errors import DiskFull, IdentityMismatch, KdstoreError, ModelError, SourceError
-from kdstore.extract import ExtractConfig, extract
+from kdstore.extract.config import ExtractConfig
+from kdstore.extract.run import extract
 from kdstore.models.encode import encode_image_tokens, encode_text, encode_text_tokens
 from kdstore.models.load import load_model
 from kdstore.store import Plan, open_store, verify_store
@@ -86,7 +87,7 @@ def test_a_killed_run_resumes_to_the_same_digest(tmp_path):
     whole = extract(config(tmp_path / "whole", data="scenes/val:400", batch=8)).digest
     code = (
         "import torch; torch.set_num_threads(1)\n"
-        "from kdstore.extract import ExtractConfig, extract\n"
+        "from kdstore.extract.config import ExtractConfig; from kdstore.extract.run import extract\n"
         f"out = {str(tmp_path / 'killed')!r}\n"
         "extract(ExtractConfig(teacher='scenes-T', untrained_seed=0, data='scenes/val:400', out=out, unit_rows=32, batch=8, device='cpu'))\n"
     )

@@ -26,7 +26,8 @@ from kdstore.evaluate.protocol import VqaConfig
 from kdstore.evaluate.results import read_result
 from kdstore.evaluate.retrieval import RetrievalConfig, evaluate_retrieval
 from kdstore.evaluate.vqa import evaluate_vqa
-from kdstore.extract import ExtractConfig, extract
+from kdstore.extract.config import ExtractConfig
+from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json, write_json
 from kdstore.progress import OnProgress, silent
 

@@ -1,0 +1,150 @@
+"""The command line as a user meets it: real processes, wrong input, exit codes, JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdstore.extract.config import ExtractConfig
+from kdstore.extract.run import extract
+from kdstore.models.load import load_model
+
+STARTER = "from kdstore.cli import main; main()"
+
+
+def kdstore(*args, cwd=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", STARTER, *map(str, args)], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "store"
+    extract(ExtractConfig(teacher="scenes-T", untrained_seed=0, data="scenes/val:64", out=str(path), device="cpu"))
+    return path
+
+
+def test_help_imports_no_stage():
+    """What makes --help slow is imports; a clock in a test would only measure the machine."""
+    invoke = "assert CliRunner().invoke(app, ['--help']).exit_code == 0"
+    code = f"import sys\nfrom typer.testing import CliRunner\nfrom kdstore.cli import app\n{invoke}\nprint(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert not loaded & {"torch", "open_clip", "zarr", "numpy", "datasets", "numba", "dask", "faiss", "pyarrow", "matplotlib", "scipy"}
+
+
+@pytest.mark.parametrize(
+    "command", [["extract"], ["distill"], ["evaluate", "vqa"], ["evaluate", "retrieval"], ["store", "verify"], ["list", "losses"], ["demo"]]
+)
+def test_every_command_explains_itself(command):
+    done = kdstore(*command, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+WRONG = {
+    "unknown teacher": (["extract", "--teacher", "ViT-bigG-15"], "ViT-bigG-14"),
+    "unknown tag": (["extract", "--teacher", "ViT-B-32:laion"], "laion2b_s34b_b79k"),
+    "other activation": (["extract", "--teacher", "ViT-H-14:dfn5b"], "ViT-H-14-quickgelu:dfn5b"),
+    "no caption column": (["extract", "--teacher", "scenes-T", "--set", "untrained_seed=0", "--data", "rows.csv"], "found path, title"),
+    "no such data": (["extract", "--teacher", "scenes-T", "--set", "untrained_seed=0", "--data", "nowhere"], "nowhere"),
+    "unknown setting": (["extract", "--teacher", "scenes-T", "--set", "untraned_seed=0"], "untrained_seed"),
+    "wrong type": (["distill", "--data", "scenes:64", "--set", "lr=fast"], "lr"),
+    "unknown table in a recipe": (["distill", "--recipe", "table.toml"], "distill"),
+    "unknown key in a recipe": (["distill", "--recipe", "key.toml"], "batch_size"),
+    "recipe that is no TOML": (["distill", "--recipe", "rows.csv"], "rows.csv"),
+    "no such store": (["distill", "--cache", "nowhere"], "nowhere"),
+    "store without manifest": (["distill", "--cache", "unfinished"], "manifest"),
+    "unknown loss": (["distill", "--cache", "STORE", "--loss", "clip-dk"], "clip-kd"),
+    "teacher's loss without a store": (["distill", "--data", "scenes:64", "--loss", "clip-kd"], "--cache"),
+    "unknown student": (["distill", "--cache", "STORE", "--student", "ViT-T-61"], "ViT-T-16"),
+    "other data": (["distill", "--cache", "STORE", "--data", "scenes/test:8"], "key"),
+    "store of another identity": (
+        ["extract", "--teacher", "scenes-T", "--set", "untrained_seed=1", "--data", "scenes/val:64", "--out", "STORE"],
+        "other features",
+    ),
+    "unknown model": (["evaluate", "retrieval", "--model", "nothing"], "nothing"),
+    "unknown data set": (["evaluate", "vqa", "--model", "scenes-T", "--dataset", "vqa3"], "easy-vqa"),
+    "missing VQA folder": (["evaluate", "vqa", "--model", "scenes-S", "--dataset", "easy-vqa", "--data-dir", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_with_a_hint_and_leaves_nothing(case, store, tmp_path):
+    args, said = WRONG[case]
+    (tmp_path / "rows.csv").write_text("path,title\na.png,x\n")
+    (tmp_path / "table.toml").write_text("[distil]\nloss = 'clip'\n")
+    (tmp_path / "key.toml").write_text("[distill]\nbatchsize = 3\n")
+    (tmp_path / "unfinished" / "_build").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    done = kdstore(*[str(store) if a == "STORE" else a for a in args], cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 1, done.stderr
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_results_are_json_on_stdout_and_progress_goes_to_stderr(store):
+    done = kdstore("store", "info", store, "--json")
+    assert json.loads(done.stdout)["images"] == 64
+    again = kdstore("extract", "--teacher", "scenes-T", "--set", "untrained_seed=0", "--data", "scenes/val:64", "--out", store, "--json")
+    assert json.loads(again.stdout)["written_images"] == 0
+    assert "images" not in again.stderr.split("error")[0].splitlines()[:1]
+
+
+def test_verify_exits_with_one_and_names_file_and_rows(store, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    assert kdstore("store", "verify", copy).returncode == 0
+    shard = next(p for p in (copy / "image" / "embedding").rglob("*") if p.is_file() and p.name != "zarr.json")
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    done = kdstore("store", "verify", copy)
+    assert done.returncode == 1
+    assert str(shard.relative_to(copy)) in done.stderr
+    assert "rows 0 to 63" in done.stderr
+
+
+def test_the_default_path_of_a_store_is_the_short_name_of_its_teacher(tmp_path):
+    model = load_model("ViT-B-32", untrained=True, device="cpu")
+    torch.save(model.clip.state_dict(), tmp_path / "b32.pt")
+    done = kdstore("extract", "--teacher", "ViT-B-32", "--pretrained", "b32.pt", "--data", "scenes/val:8", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["path"] == "store/B-32", done.stderr
+    assert (tmp_path / "store" / "B-32" / "manifest.json").is_file()
+
+
+def test_lists_name_what_can_be_named():
+    assert "clip-kd" in kdstore("list", "losses").stdout
+    assert "ViT-T-16" in kdstore("list", "students").stdout
+    assert "ViT-bigG-14: laion2b_s39b_b160k (default)" in kdstore("list", "teachers").stdout
+    assert {"scenes", "easy-vqa"} <= set(json.loads(kdstore("list", "vqa", "--json").stdout)["datasets"])
+
+
+def test_every_option_is_none_unless_given():
+    """A default exists once, in the stage's dataclass."""
+    import inspect
+
+    from kdstore import cli
+
+    for command in (cli.extract, cli.distill, cli.evaluate_vqa, cli.evaluate_retrieval, cli.demo):
+        for parameter in inspect.signature(command).parameters.values():
+            assert parameter.default in (None, inspect.Parameter.empty) or parameter.name == "as_json", (command, parameter)
+
+
+def test_the_package_declares_its_entry_point():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"kdstore": "kdstore.cli:main"}
+    assert {"torch", "open_clip_torch", "faiss-cpu", "zarr", "numcodecs", "dask[array]", "typer", "datasets"} <= {
+        d.split(">=")[0] for d in project["dependencies"]
+    }
