@@ -367,10 +367,27 @@ def test_projectors_depend_on_the_seed_alone() -> None:
     assert not torch.equal(weights(3), weights(4))
 
 
-def test_equal_captions_are_positives_of_each_other_unless_literal() -> None:
+def test_equal_captions_are_positives_of_each_other() -> None:
     ids = torch.tensor([7, 3, 7])
     assert positives(ids).tolist() == [[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]]
-    assert torch.equal(positives(ids, equal_captions=False), torch.eye(3))
+    assert torch.equal(positives(torch.arange(3)), torch.eye(3))
+
+
+@pytest.mark.parametrize("name", ["clip", "icl", "icl-exp"])
+def test_targets_over_equal_captions_and_the_published_identity_agree_where_equal_captions_have_equal_embeddings(name: str) -> None:
+    ids = [0, 1, 0, 2, 1]
+    objective, x = build(name, 6, 9, ids=ids)
+    x = dataclasses.replace(x, text=x.text[ids], teacher_text=x.teacher_text[ids])
+    found = []
+    for target in (x.target, np.eye(5)):
+        image, text = (torch.tensor(a, requires_grad=True) for a in (x.image, x.text))
+        loss, _ = objective(image, text, torch.tensor(x.scale), torch.tensor(target), torch.tensor(x.teacher_image), torch.tensor(x.teacher_text))
+        (by_image,) = torch.autograd.grad(loss, image, retain_graph=True)
+        (by_text,) = torch.autograd.grad(loss, text)
+        by_caption = torch.zeros(3, 6, dtype=torch.float64).index_add(0, torch.tensor(ids), by_text)  # one caption is one embedding
+        found.append((loss, by_image, by_caption))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 # Reading a loss

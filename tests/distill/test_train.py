@@ -248,7 +248,7 @@ def test_the_logit_scale_stays_between_1_and_100(config: DistillConfig, tmp_path
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_follows_full_precision(precision: str, config: DistillConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(config, loss="0.01*clip + 0.01*crd", student="scenes-T")  # small, so that no scaled gradient overflows in fp16
+    config = dataclasses.replace(config, loss="1e-3*clip + 1e-3*crd")  # small, so that no scaled gradient overflows in fp16
     distill(config)
     distill(dataclasses.replace(config, precision=precision, out=str(tmp_path / precision)))
     np.testing.assert_allclose(losses(tmp_path / precision), losses(tmp_path / "run"), rtol=0.03)

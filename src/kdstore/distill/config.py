@@ -30,7 +30,6 @@ class DistillConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
     seed: int = 0
     projector: str = "auto"  # auto: where the widths differ; always: for comparisons across teachers
-    positives: str = "equal-captions"  # literal: a pair is positive to itself alone
     changed_images: str = "refuse"  # allow: train on images whose bytes are not those that the teacher saw
     precision: str = "auto"  # fp32 on the CPU, mixed bf16 or fp16 on a GPU
     device: str = "auto"
@@ -62,7 +61,6 @@ class DistillConfig:
 
 CHOICES = {
     "projector": ("auto", "always"),
-    "positives": ("equal-captions", "literal"),
     "changed_images": ("refuse", "allow"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }

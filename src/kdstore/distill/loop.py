@@ -57,8 +57,7 @@ class Training:
             image_BS = self.clip.encode_image(self.finish(batch.views_BCHW), normalize=False)  # type: ignore[operator]
             text_BS = self.clip.encode_text(batch.tokens_BL, normalize=False)  # type: ignore[operator]
         scale = self.clip.logit_scale.exp()  # type: ignore[operator]
-        target_BB = positives(batch.caption_ids_B, equal_captions=self.config.positives == "equal-captions")
-        loss, values = self.objective(image_BS, text_BS, scale, target_BB, batch.teacher_image_BD, batch.teacher_text_BD)
+        loss, values = self.objective(image_BS, text_BS, scale, positives(batch.caption_ids_B), batch.teacher_image_BD, batch.teacher_text_BD)
         self.optimiser.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)

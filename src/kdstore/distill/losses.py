@@ -36,7 +36,7 @@ EMBEDDINGS = ("image/embedding", "text/embedding")
 class Features:
     """One batch as losses see it: unit rows, and scales that multiply cosines.
 
-    `positives_BB` holds the targets of contrastive terms, one distribution per row: uniform over the pairs with an equal caption, or the identity.
+    `positives_BB` holds the targets of contrastive terms, one distribution per row: uniform over the pairs with an equal caption.
     `projected_*` are the student's rows in the teacher's space. Without a teacher the last seven are absent; `Term.needs` says who may read them.
     """
 
@@ -99,7 +99,7 @@ def clip(f: Features) -> Tensor:
     """Task: contrast of images and captions, CE(I, p(Z)) both ways.
 
     Radford et al. 2021, arXiv 2103.00020. Equal captions in a batch are positives of each other: the target of a row is uniform over its positives
-    instead of I, unless positives are literal. Needs nothing from the store.
+    instead of I. Needs nothing from the store.
     """
     return (cross_entropy(f.positives_BB, f.logits_BB) + cross_entropy(f.positives_BB.T, f.logits_BB.T)) / 2
 

@@ -70,10 +70,11 @@ class Objective(nn.Module):
         return torch.stack([self.weights[name] * value for name, value in values.items()]).sum(), values
 
 
-def positives(caption_ids_B: Tensor, *, equal_captions: bool = True) -> Tensor:
-    """Targets [B, B] of contrastive terms, float32, rows sum to 1: uniform over the pairs of an equal caption id, or the identity."""
-    if not equal_captions:
-        return torch.eye(len(caption_ids_B), device=caption_ids_B.device)
+def positives(caption_ids_B: Tensor) -> Tensor:
+    """Targets [B, B] of contrastive terms, float32, rows sum to 1: uniform over the pairs of an equal caption id.
+
+    There is no option for the published identity: where equal captions have equal embeddings, as in a text tower without dropout, both give the same loss.
+    """
     same_BB = (caption_ids_B[:, None] == caption_ids_B[None, :]).float()
     return same_BB / same_BB.sum(dim=1, keepdim=True)
 
