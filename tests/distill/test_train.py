@@ -163,6 +163,15 @@ def test_an_unfinished_run_is_not_continued_unasked(config: DistillConfig) -> No
     assert "--resume" in refused.value.hint
 
 
+def test_a_run_that_ignores_interrupts_is_not_stopped_by_one(config: DistillConfig) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert distill(config, on_progress=stop_at(2)).steps == STEPS
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_finished_run_is_left_as_it_is_and_says_so(config: DistillConfig) -> None:
     notes: list[str] = []
     first = distill(config)

@@ -148,9 +148,12 @@ def train(training: Training, make: Callable[[int], Batch], path: Path, settings
 
 @contextmanager
 def held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C wait for the end of a step, and say whether it came; a second one interrupts at once. Only the main thread gets signals."""
+    """Let the first Ctrl-C wait for the end of a step, and say whether it came; a second one interrupts at once.
+
+    Only the main thread gets signals, and a process that ignores them (nohup) goes on doing so.
+    """
     came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield came.is_set
         return
 
