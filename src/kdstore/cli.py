@@ -25,11 +25,15 @@ from kdstore.progress import OnProgress
 C = TypeVar("C")
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Distil CLIP-style models from a store of precomputed teacher features."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Distil CLIP-style models from a store of precomputed teacher features.",
 )
-evaluate_app = typer.Typer(no_args_is_help=True, help="Score a model: visual question answering, retrieval.")
-store_app = typer.Typer(no_args_is_help=True, help="Look at a feature store and check it.")
-list_app = typer.Typer(no_args_is_help=True, help="List what can be named.")
+evaluate_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score a model: visual question answering, retrieval.")
+store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a feature store and check it.")
+list_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List what can be named.")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(store_app, name="store")
 app.add_typer(list_app, name="list")
