@@ -29,21 +29,22 @@ from kdstore.errors import SourceError, UnknownName
 T = TypeVar("T")
 
 IMAGE_SIZE = 64
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+SHAPES = ("circle", "square", "triangle", "star", "cross")
 HUES = {"red": 0.0, "orange": 30.0, "yellow": 56.0, "green": 115.0, "cyan": 180.0, "blue": 225.0, "purple": 272.0, "pink": 322.0}
 COLORS = tuple(HUES)
 FILLS = ("solid", "striped", "hollow")
-RADII = {"small": (5.5, 7.5), "large": (10.0, 13.0)}  # pixels
+RADII = {"small": (7.5, 9.5), "large": (12.0, 15.0)}  # pixels
 SIZES = tuple(RADII)
 ATTRIBUTES: dict[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS, "fill": FILLS, "size": SIZES}
 QUESTION_TYPES = ("exist", "count", "query color", "query shape", "relation", "compare")
-NUMBER_WORDS = {1: "a", 2: "two", 3: "three", 4: "four", 5: "five"}
+NUMBER_WORDS = {1: "a", 2: "two", 3: "three", 4: "four"}
 
 # A scene's split follows from a hash of its content, so no two splits can share a scene, nor one scene's twin.
 SPLITS = {"train": range(12), "val": range(12, 13), "test": range(13, 14), "retrieval": range(14, 16)}
 DEFAULT_SIZE = {"train": 10_000, "val": 1_000, "test": 2_000, "retrieval": 1_000}
 
 HUE_SPREAD = 0.55  # of the gap to the neighbouring name; names overlap past 0.5
+MOST_THINGS = 4
 MIN_GAP = 3.0  # pixels between any two objects' centres along each axis, so that orders are defined
 RELATION_GAP = 8.0  # pixels along the axis of a stated relation
 
@@ -119,7 +120,7 @@ def make_scene(split: str, index: int, attempt: int = 0) -> Scene:
         raise UnknownName.of("scenes split", split, SPLITS)
     dice = _Dice("scenes-1", split, index, attempt)
     while True:
-        counted, names = _draw_names(dice, fewest=3 if split == "retrieval" else 2)
+        counted, names = _draw_names(dice, fewest=3 if split == "retrieval" else 1)
         if _content_hash(names) % 16 not in SPLITS[split]:
             continue
         things: list[Thing] = []
@@ -142,8 +143,8 @@ def _draw_names(dice: _Dice, fewest: int) -> tuple[tuple[str, str], list[dict[st
     """Draw a count question whose text cannot tell its answer, and the attributes of objects that give it that answer."""
     attribute = dice.pick(("shape", "color", "fill"))
     counted = dice.pick(ATTRIBUTES[attribute])
-    answer = 1 + dice.index(4)
-    total = max(answer, fewest) + dice.index(6 - max(answer, fewest))
+    answer = 1 + dice.index(MOST_THINGS)
+    total = max(answer, fewest) + dice.index(MOST_THINGS + 1 - max(answer, fewest))
     others = [v for v in ATTRIBUTES[attribute] if v != counted]
     chosen = [counted] * answer + [dice.pick(others) for _ in range(total - answer)]
     names = [{a: value if a == attribute else dice.pick(v) for a, v in ATTRIBUTES.items()} for value in dice.shuffled(chosen)]
@@ -155,7 +156,7 @@ def _place(dice: _Dice, names: dict[str, str], placed: list[Thing]) -> Thing | N
     place = _hue_neighbours(names["color"])
     offset = dice.uniform(-HUE_SPREAD, HUE_SPREAD)
     hue = HUES[names["color"]] + offset * (place[1] if offset > 0 else place[0])
-    looks = {"hue": hue % 360, "saturation": dice.uniform(0.6, 1.0), "value": dice.uniform(0.6, 1.0), "turn": dice.uniform(-15, 15)}
+    looks = {"hue": hue % 360, "saturation": dice.uniform(0.6, 1.0), "value": dice.uniform(0.6, 1.0), "turn": dice.uniform(-12, 12)}
     for _ in range(12):
         x, y = (dice.uniform(0.9 * radius, IMAGE_SIZE - 0.9 * radius) for _ in range(2))
         if all(abs(x - t.x) >= MIN_GAP and abs(y - t.y) >= MIN_GAP and math.hypot(x - t.x, y - t.y) >= 0.75 * (radius + t.radius) for t in placed):
@@ -196,7 +197,7 @@ def draw(scene: Scene) -> Image.Image:
     for thing in scene.things:
         mask, corner = _mask(thing)
         image.paste(_rgb(thing.hue, thing.saturation, thing.value), corner, mask)
-    grain = words[16:].view(np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE, 1).astype(np.int16) // 12 - 10  # -10 .. 11 of 255
+    grain = words[16:].view(np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE, 1).astype(np.int16) // 14 - 9  # -9 .. 9 of 255
     return Image.fromarray(np.clip(np.asarray(image, np.int16) + grain, 0, 255).astype(np.uint8))
 
 
@@ -206,7 +207,7 @@ def _ground(words: np.ndarray, unit: np.ndarray) -> Image.Image:
     noise = Image.fromarray(words[:8].view(np.uint8).reshape(8, 8)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     across, down = (np.arange(IMAGE_SIZE) * (0.3 + unit[7]) * turn for turn in (np.cos(7 * unit[6]), np.sin(7 * unit[6])))
     waves = np.outer(np.cos(down), np.sin(across)) + np.outer(np.sin(down), np.cos(across))  # the sine of the sum
-    blend = Image.fromarray(np.clip(np.asarray(noise) + 60 * unit[8] * waves, 0, 255).astype(np.uint8))
+    blend = Image.fromarray(np.clip(np.asarray(noise) + 45 * unit[8] * waves, 0, 255).astype(np.uint8))
     return Image.composite(Image.new("RGB", blend.size, first), Image.new("RGB", blend.size, second), blend)
 
 
@@ -228,11 +229,11 @@ def _mask(thing: Thing) -> tuple[Image.Image, tuple[int, int]]:
     center = ((thing.x - left) * _FINE, (thing.y - top) * _FINE)
     _outline(pen, thing, center, thing.radius * _FINE, 255)
     if thing.fill == "hollow":
-        _outline(pen, thing, center, thing.radius * _FINE * 0.62, 0)
+        _outline(pen, thing, center, thing.radius * _FINE * 0.58, 0)
     elif thing.fill == "striped":
         step = max(3.4, thing.radius * 0.42) * _FINE
         for k in range(int(mask.height / step) + 1):
-            pen.rectangle((0, (k + 0.5) * step, mask.width, (k + 0.95) * step), fill=0)
+            pen.rectangle((0, (k + 0.6) * step, mask.width, (k + 0.95) * step), fill=0)
     return mask.resize((side, side), Image.Resampling.BOX), (left, top)
 
 
@@ -256,7 +257,6 @@ def _cross() -> list[tuple[float, float]]:
 _CORNERS: dict[str, list[tuple[float, float]]] = {  # (radius, angle in degrees) of each corner
     "square": [(1.15, 45 + 90 * k) for k in range(4)],
     "triangle": [(1.2, -90 + 120 * k) for k in range(3)],
-    "diamond": [(1.2 if k % 2 else 0.7, 90 * k) for k in range(4)],
     "star": [(1.2 if k % 2 == 0 else 0.5, -90 + 36 * k) for k in range(10)],
     "cross": _cross(),
 }
@@ -278,15 +278,17 @@ def captions(scene: Scene, split: str, index: int) -> tuple[Caption, ...]:
             "top to bottom: " + ", ".join(t.named("color", "shape") for t in down),
             _relation_caption(dice, scene),
             _count_caption(scene),
-            f"{len(scene.things)} objects, one is {_a(dice.pick(scene.things).named(*full))}",
+            f"{NUMBER_WORDS[len(scene.things)]} {_plural('object', len(scene.things))}, one is {_a(dice.pick(scene.things).named(*full))}",
         ]
     return tuple(Caption(text, "synthetic") for text in texts)
 
 
 def _relation_caption(dice: _Dice, scene: Scene) -> str:
-    a, b = dice.shuffled(scene.things)[:2]
+    a, b = (dice.shuffled(scene.things) * 2)[:2]
     words = [word for word, gap in _relations(a, b).items() if gap >= RELATION_GAP]
     link = dice.pick(words) if words else "near"
+    if a is b:
+        return f"{_a(a.named('color', 'shape'))} alone"
     return f"{_a(a.named('color', 'shape'))} {link} {_a(b.named('color', 'shape'))}"
 
 
@@ -359,7 +361,7 @@ def _ask_count(dice: _Dice, scene: Scene) -> _Asked | None:
     attribute, value = scene.counted
     truth = sum(getattr(t, attribute) == value for t in scene.things)
     noun = _plural(value, 2) if attribute == "shape" else f"{value} objects"
-    other = min(max(truth + dice.pick((-1, 1)), 1), 4)
+    other = min(max(truth + dice.pick((-1, 1)), 1), MOST_THINGS)
     return f"how many {noun} are there?", str(truth), str(other), _slip(dice)
 
 
