@@ -24,6 +24,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 from kdstore.data import scenes
@@ -62,12 +63,13 @@ def main() -> None:
     _sign_init(model.token_embedding.weight)
     tokenizer = open_clip.get_tokenizer(args.name)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.transforms[-1].mean, preprocess.transforms[-1].std))
-    images, texts = draw_training_scenes(args.scenes)
+    side = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
+    images, texts = draw_training_scenes(args.scenes, side)
     decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and n != "token_embedding.weight"]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "token_embedding.weight"]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True)
     steps = args.samples // args.batch
-    validation = read_validation(mean, std)
+    validation = read_validation(mean, std, side)
     started, curve, losses = time.time(), [], []
     order: list[int] = []
     by_kind: dict[int, list[float]] = collections.defaultdict(list)
@@ -76,7 +78,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.train()
-        dropping = isinstance(model.visual.patch_dropout, open_clip.transformer.PatchDropout)
+        dropping = isinstance(getattr(model.visual, "patch_dropout", None), open_clip.transformer.PatchDropout)
         wanted = args.patch_dropout if step < 0.7 * steps else 0.0
         if wanted and not dropping:
             model.visual.patch_dropout = open_clip.transformer.PatchDropout(wanted)
@@ -91,7 +93,7 @@ def main() -> None:
         kind = dice.choices(range(len(CAPTION_SHARES)), CAPTION_SHARES)[0]
         captions = [texts[i][kind] for i in rows]
         if num_twins:
-            pictures, captions = with_twins(dice, pictures, captions, rows, args.scenes)
+            pictures, captions = with_twins(dice, pictures, captions, rows, side)
         image_BCHW = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - mean) / std
         image_BD = model.encode_image(image_BCHW, normalize=True)
         text_BD = model.encode_text(tokenizer(captions), normalize=True)
@@ -124,19 +126,24 @@ def _sign_init(weight: torch.nn.Parameter) -> None:
         weight.copy_(torch.where(torch.rand_like(weight) < 0.5, -0.02, 0.02))
 
 
-def draw_training_scenes(size: int) -> tuple[np.ndarray, list[list[str]]]:
+def _pixels(scene: scenes.Scene, side: int) -> np.ndarray:
+    """Draw a scene at the size that a model reads, as its preprocessing does."""
+    return np.asarray(scenes.draw(scene).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def draw_training_scenes(size: int, side: int) -> tuple[np.ndarray, list[list[str]]]:
     """Draw the first scenes of the training split: uint8 [size, H, W, 3] and their captions."""
     source = scenes.Scenes("train", size)
-    images = np.empty((size, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8)
+    images = np.empty((size, side, side, 3), np.uint8)
     texts = []
     for i in range(size):
         scene = source.scene(i)
-        images[i] = np.asarray(scenes.draw(scene))
+        images[i] = _pixels(scene, side)
         texts.append([c.text for c in scenes.captions(scene, "train", i)])
     return images, texts
 
 
-def with_twins(dice: random.Random, pictures: np.ndarray, captions: list[str], rows: list[int], size: int) -> tuple[np.ndarray, list[str]]:
+def with_twins(dice: random.Random, pictures: np.ndarray, captions: list[str], rows: list[int], side: int) -> tuple[np.ndarray, list[str]]:
     """Double a half batch by a twin of every scene, each pair under the full caption (or, where shorter, one that tells them apart)."""
     twins, names = [], []
     for k, i in enumerate(rows):
@@ -145,7 +152,7 @@ def with_twins(dice: random.Random, pictures: np.ndarray, captions: list[str], r
         other = other or scenes.twin(scene, "mirrored")
         assert other is not None
         captions[k] = scenes.captions(scene, "train", i)[0].text
-        twins.append(np.asarray(scenes.draw(other)))
+        twins.append(_pixels(other, side))
         names.append(scenes.captions(other, "train", i)[0].text)
     return np.concatenate([pictures, np.stack(twins)]), captions + names
 
@@ -159,9 +166,9 @@ def contrastive_loss(logits_BB: torch.Tensor, captions: list[str]) -> torch.Tens
     return (F.cross_entropy(logits_BB, target_BB) + F.cross_entropy(logits_BB.T, target_BB)) / 2
 
 
-def read_validation(mean: torch.Tensor, std: torch.Tensor, size: int = 1000) -> tuple[torch.Tensor, list[str]]:
+def read_validation(mean: torch.Tensor, std: torch.Tensor, side: int, size: int = 1000) -> tuple[torch.Tensor, list[str]]:
     source = scenes.Scenes("retrieval", size)
-    pictures = np.stack([np.asarray(source.image(i).image) for i in range(size)])
+    pictures = np.stack([_pixels(source.scene(i), side) for i in range(size)])
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - mean) / std, [source.captions(i)[0].text for i in range(size)]
 
 
