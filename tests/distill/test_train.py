@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -23,8 +24,9 @@ from kdstore.data.scenes import Scenes
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.losses import LOSSES, needs_of, parse_loss
 from kdstore.distill.optimiser import learning_rate, make_optimiser
+from kdstore.distill.runfolder import Log
 from kdstore.distill.train import DistillResult, distill
-from kdstore.errors import ConfigError, KdstoreError, MissingFeature, RunError, UnknownName
+from kdstore.errors import ConfigError, DiskFull, KdstoreError, MissingFeature, RunError, UnknownName
 from kdstore.jsonfile import read_json
 from kdstore.models.load import load_model
 from kdstore.store import open_store
@@ -196,6 +198,18 @@ def test_a_store_may_move_without_changing_the_run(config: DistillConfig, store:
     assert distill(dataclasses.replace(config, cache=str(tmp_path / "moved"))).already_done
 
 
+def test_data_may_move_but_not_change_under_a_run(config: DistillConfig, source: Scenes, select: Callable[..., Any]) -> None:
+    rows = list(range(len(source)))
+    moved = select(rows)
+    moved.spec = "/elsewhere/selected"
+    distill(config, source=select(rows))
+    assert distill(config, source=moved).already_done
+    with pytest.raises(RunError, match=r"another run: source is 'sha256:\w+' there and 'sha256:\w+' here\."):
+        distill(config, source=select(rows, captions=lambda i: source.captions(i)[:1]))
+    with pytest.raises(RunError, match="source_pairs is 40 there and 39 here"):
+        distill(config, source=select(rows[1:]))
+
+
 def test_a_folder_that_is_no_run_is_refused_and_not_touched(config: DistillConfig) -> None:
     path = Path(config.out or "")
     path.mkdir()
@@ -338,7 +352,8 @@ def test_run_json_says_where_the_student_comes_from(
     assert run["store"]["identity"]["teacher"]["name"] == "scenes-T"
     assert run["settings"]["seed"] == 0
     assert run["settings"]["precision"] == "fp32"
-    assert run["settings"]["source"] == source.spec
+    assert run["settings"]["source"] == open_store(store).fingerprint
+    assert run["source"] == source.spec
     assert run["loss"] == {"terms": {"clip": 1.0, "crd": 1.0, "icl": 1.0, "fd": 2000.0}, "weight_on_one_minus_cos": 4000 / 64, "projector": [24, 64]}
     assert run["pairs"] == {"used": 40, "left_out": {}, "dropped_per_epoch": 0, "epochs": 7 / 5}
     assert run["result"]["samples_per_second"] > 0
@@ -352,6 +367,32 @@ def test_run_json_says_where_the_student_comes_from(
     fewer = read_json(tmp_path / "fewer" / "run.json")
     assert fewer["pairs"] == {"used": 37, "left_out": {"not valid in the store": 3}, "dropped_per_epoch": 5, "epochs": 1.0}
     assert fewer["result"]["steps"] == 4
+
+
+def test_a_run_that_cannot_use_all_pairs_warns_and_counts_them(config: DistillConfig, make_store: Callable[..., Path]) -> None:
+    warnings: list[str] = []
+    config = dataclasses.replace(config, cache=str(make_store(invalid=[1, 2])), samples=8)
+    for source in (Scenes("train", 45), Scenes("train", 40)):
+        result = distill(
+            dataclasses.replace(config, out=f"{config.out}-{len(source)}"),
+            source=source,
+            on_progress=lambda stage, done, total, note: warnings.append(note) if stage == "warning" else None,
+        )
+        assert result.pairs == 38
+    assert warnings == ["trains on 38 pairs; left out: 5 not in the store, 2 not valid in the store"]
+    assert result.left_out == {"not valid in the store": 2}
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(DiskFull, match=r"log\.jsonl"):
+            log.write({"step": 1, **dict.fromkeys(map(str, range(20)), 0.5)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.close()
 
 
 def test_both_logs_hold_the_same_numbers(config: DistillConfig, tmp_path: Path) -> None:

@@ -74,4 +74,4 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 MACHINE = ("cache", "data", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every")
-"""Left out of what decides a result; the store enters by its digest and the source by its resolved spec, not by their paths."""
+"""Left out of what decides a result; the store enters by its digest and the source by its fingerprint, not by their paths."""

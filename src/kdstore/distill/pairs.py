@@ -17,6 +17,7 @@ from kdstore.store import Store, join_sources
 
 Rows = npt.NDArray[np.int64]
 PROBE = "probe"  # captions that test a teacher and are not trained on
+INVALID = "not valid in the store"  # the reason that an extraction has told already
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +55,14 @@ def pairs_of_source(source: Source) -> Pairs:
 
 def pairs_of_store(store: Store, source: Source) -> Pairs:
     """The pairs that store and source share by key, whose image and caption are valid in the store; raises JoinError if they share none."""
-    source_row_of_store = join_sources(store, source).source_row_of_store
+    join = join_sources(store, source)
+    source_row_of_store = join.source_row_of_store
     there, valid = source_row_of_store >= 0, store.image_valid
     rows = np.flatnonzero(there & valid).astype(np.int64)
     usable = store.text_valid & pc.not_equal(store.index("text", "kind"), PROBE).to_numpy()
     texts = store.index("text", "caption").combine_chunks()
     has, text_rows, text_offsets = _usable_texts(rows, store.offsets, usable)
-    left_out = _counts({"not in the source": ~there, "not valid in the store": there & ~valid, "without a caption": ~has})
+    left_out = _counts({"not in the source": ~there, "not in the store": join.store_row_of_source < 0, INVALID: there & ~valid, "without a caption": ~has})
     return Pairs(source_row_of_store[rows[has]], rows[has], text_rows, text_offsets, *_numbered(texts), store.index("image", "sha256"), left_out)
 
 

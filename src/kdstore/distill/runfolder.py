@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,17 +89,26 @@ class Log:
     def __init__(self, path: Path, step: int) -> None:
         lines = (path / LOG).read_bytes().splitlines(keepends=True) if step and (path / LOG).is_file() else []
         write_bytes(path / LOG, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
+        self._path = path / LOG
         self._lines = open(path / LOG, "a")  # noqa: SIM115 (held open for the whole run)
         self._board = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
 
     def write(self, values: dict[str, float]) -> None:
-        """Append the numbers of `values["step"]`."""
-        self._lines.write(json.dumps(values) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            if name != "step":
-                self._board.add_scalar(name, value, int(values["step"]))
+        """Append the numbers of `values["step"]`; raises DiskFull."""
+        with self._mapped_errors():
+            self._lines.write(json.dumps(values) + "\n")
+            self._lines.flush()
+            for name, value in values.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(values["step"]))
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+        with self._mapped_errors(), closing(self._board):
+            self._lines.close()
+
+    @contextmanager
+    def _mapped_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise disk_error(e, self._path) from e

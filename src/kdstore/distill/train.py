@@ -26,7 +26,7 @@ from kdstore.distill.loop import Training, train
 from kdstore.distill.losses import feature_weight, needs_of, parse_loss
 from kdstore.distill.objective import Objective
 from kdstore.distill.optimiser import choose_precision
-from kdstore.distill.pairs import Pairs, pairs_of_source, pairs_of_store
+from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_store
 from kdstore.distill.runfolder import RUN, begin_run, export_student, load_checkpoint, run_state
 from kdstore.distill.targets import StoreTargets, Targets
 from kdstore.distill.views import Kept, split_preprocess
@@ -34,7 +34,7 @@ from kdstore.errors import ConfigError, RunError
 from kdstore.jsonfile import digest_of, read_json, write_json
 from kdstore.models.load import DTYPES, Model, load_model, parameter_counts, pick_device
 from kdstore.progress import OnProgress, silent
-from kdstore.store import Store, open_store
+from kdstore.store import Store, fingerprint_of, open_store
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class DistillResult:
     samples_per_second: float
     waiting: float  # share of the time in which a step waited for data
     losses: dict[str, float]
+    pairs: int  # that were trained on
+    left_out: dict[str, int]  # reason -> images of the store or of the source
     already_done: bool = False
 
 
@@ -77,6 +79,8 @@ def distill(config: DistillConfig, *, source: Source | None = None, targets: Tar
     if config.changed_images == "allow":
         pairs = dataclasses.replace(pairs, sha256=None)
     plan = BatchPlan(len(pairs), config.batch_size, config.seed)
+    if pairs.left_out.keys() - {INVALID}:
+        on_progress("warning", 0, 0, f"trains on {len(pairs)} pairs; left out: {', '.join(f'{n} {reason}' for reason, n in pairs.left_out.items())}")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = load_model(config.student, untrained=True, seed=config.seed, device=str(device))
         keep, finish = split_preprocess(model.preprocess)
@@ -89,8 +93,8 @@ def distill(config: DistillConfig, *, source: Source | None = None, targets: Tar
         make = Maker(plan, pairs, source, targets if needs else None, keep, model.tokenizer, kept, pin=device.type == "cuda")
         train(training, make, config.run_path, digest_of(settings), on_progress)
     export_student(config.run_path, model.clip.eval(), model.config)
-    result = _result(config.run_path, training)
-    write_json(config.run_path / RUN, _provenance(settings, store, pairs, plan, model, training, result))
+    result = _result(config.run_path, pairs, training)
+    write_json(config.run_path / RUN, _provenance(settings, store, source, pairs, plan, model, training, result))
     return result
 
 
@@ -109,13 +113,15 @@ def _settings(config: DistillConfig, store: Store | None, source: Source, target
     """All that decides the result of a run, so that a run folder is continued by the same run only."""
     chosen = {name: value for name, value in as_dict(config).items() if name not in MACHINE}
     features = store.digest if store is not None else None if targets is None else type(targets).__name__
-    return {**chosen, "precision": precision, "store": features, "source": source.spec}
+    fingerprint = fingerprint_of((source.key(i), source.captions(i)) for i in range(len(source)))
+    return {**chosen, "precision": precision, "store": features, "source": fingerprint, "source_pairs": len(source)}
 
 
 def _finished(path: Path, on_progress: OnProgress) -> DistillResult:
-    found = read_json(path / RUN, RunError)["result"]
+    run = read_json(path / RUN, RunError)
+    found, pairs = run["result"], run["pairs"]
     on_progress("distill", found["steps"], found["steps"], f"{path} is finished already")
-    return DistillResult(path=path, already_done=True, **found)
+    return DistillResult(path=path, pairs=pairs["used"], left_out=pairs["left_out"], already_done=True, **found)
 
 
 def _start(config: DistillConfig, model: Model, targets: Targets | None, plan: BatchPlan, finish: Any, precision: torch.dtype) -> Training:
@@ -133,13 +139,13 @@ def _start(config: DistillConfig, model: Model, targets: Targets | None, plan: B
     return Training(config, steps, model.clip, objective, finish, model.device, precision)
 
 
-def _result(path: Path, t: Training) -> DistillResult:
+def _result(path: Path, pairs: Pairs, t: Training) -> DistillResult:
     samples = t.steps * t.config.batch_size
-    return DistillResult(path, t.steps, samples, t.seconds, samples / t.seconds, t.waited / t.seconds, t.latest)
+    return DistillResult(path, t.steps, samples, t.seconds, samples / t.seconds, t.waited / t.seconds, t.latest, len(pairs), pairs.left_out)
 
 
 def _provenance(
-    settings: dict[str, Any], store: Store | None, pairs: Pairs, plan: BatchPlan, model: Model, t: Training, result: DistillResult
+    settings: dict[str, Any], store: Store | None, source: Source, pairs: Pairs, plan: BatchPlan, model: Model, t: Training, result: DistillResult
 ) -> dict[str, Any]:
     """What run.json says: where the student comes from and what making it took."""
     objective, projector = t.objective, t.objective.image_projector
@@ -149,6 +155,7 @@ def _provenance(
         "settings_digest": digest_of(settings),
         "config": as_dict(t.config),
         "store": None if store is None else {"path": str(store.path), "digest": store.digest, "identity": store.identity},
+        "source": source.spec,
         "pairs": {"used": len(pairs), "left_out": pairs.left_out, "dropped_per_epoch": plan.dropped, "epochs": t.steps / plan.steps_per_epoch},
         "loss": {
             "terms": objective.weights,
@@ -156,7 +163,7 @@ def _provenance(
             "projector": [projector.in_features, projector.out_features] if isinstance(projector, torch.nn.Linear) else None,
         },
         "student": {"name": model.name.name, "config": model.config, "parameters": parameter_counts(model.clip)},
-        "result": {name: value for name, value in as_dict(result).items() if name not in ("path", "already_done")},
+        "result": {name: value for name, value in as_dict(result).items() if name not in ("path", "pairs", "left_out", "already_done")},
         "machine": {"device": str(t.device), "platform": platform.platform(), "threads": torch.get_num_threads()},
         "versions": {
             "kdstore": kdstore.__version__,
