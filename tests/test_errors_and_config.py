@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdstore import errors
 from kdstore.config import config_digest, make_config, parse_set, read_recipe
-from kdstore.errors import ConfigError, DamagedStore, KdstoreError, UnknownName
+from kdstore.errors import CannotWrite, ConfigError, DamagedStore, KdstoreError, UnknownName
 from kdstore.jsonfile import canonical_json, digest_of, read_json, write_json
 
 ALL_ERRORS = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, KdstoreError)]
@@ -71,6 +71,15 @@ def test_a_recipe_has_known_tables_only(tmp_path):
         read_recipe(tmp_path / "r.toml", {"extract"})
     with pytest.raises(ConfigError, match="Cannot read"):
         read_recipe(tmp_path / "missing.toml", {"distill"})
+
+
+@pytest.mark.parametrize("name", ["missing/f.json", "file/f.json", "folder"])
+def test_every_file_that_cannot_be_written_is_an_error_of_ours(name, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CannotWrite, match="Cannot write"):
+        write_json(tmp_path / name, {})
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
 
 
 def test_a_digest_ignores_what_is_left_out():

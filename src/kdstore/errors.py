@@ -87,6 +87,17 @@ class DiskFull(KdstoreError, OSError):
     """The disk is full or the file size is limited: free space and run again."""
 
 
+class CannotWrite(KdstoreError, OSError):
+    """A path cannot be written (rights, read-only disk, a file where a folder should be): choose another."""
+
+
+class Interrupted(KdstoreError):
+    """Ctrl-C came, and what was finished is kept: run the same command again. The command line exits with 130."""
+
+    def __init__(self, message: str, hint: str = "The same command goes on from there (distill: add --resume).") -> None:
+        super().__init__(message, hint)
+
+
 class RunError(KdstoreError, ValueError):
     """A run folder cannot be created, resumed or read."""
 

@@ -6,6 +6,7 @@ Canonical means sorted keys, no spaces, UTF-8, no NaN. The digest of a file is t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kdstore.errors import DamagedStore, DiskFull, KdstoreError
+from kdstore.errors import CannotWrite, DamagedStore, DiskFull, KdstoreError
 
 
 def canonical_json(value: Any) -> bytes:
@@ -27,7 +28,10 @@ def digest_of(value: Any) -> str:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` so that a crash leaves the old or the new file: temp, fsync, rename, fsync of the folder."""
+    """Replace `path` by `content` so that a crash leaves the old or the new file: temp, fsync, rename, fsync of the folder.
+
+    Raises DiskFull, CannotWrite.
+    """
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temp, "wb") as f:
@@ -35,10 +39,11 @@ def write_bytes(path: Path, content: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
+        fsync_folder(path.parent)
     except OSError as e:
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temp.unlink()
         raise disk_error(e, path) from e
-    fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -50,11 +55,11 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def disk_error(error: OSError, path: Path) -> OSError:
-    """Turn an out-of-space error into ours; any other comes back as it is."""
+def disk_error(error: OSError, path: Path) -> DiskFull | CannotWrite:
+    """Turn an error of the file system on writing `path` into ours."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskFull(f"No space left to write {path} ({error.strerror}).", "Free space there or choose another path, then run the same command again.")
-    return error
+    return CannotWrite(f"Cannot write {path}: {error.strerror or error}.", "Choose another path, or make this one writable.")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> str:

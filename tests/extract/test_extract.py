@@ -119,7 +119,8 @@ def test_values_beyond_float16_are_refused_and_float32_is_offered(tmp_path):
     changes = {"pretrained": str(tmp_path / "large.pt"), "untrained_seed": None}
     with pytest.raises(ModelError, match="dtype=float32"):
         extract(config(tmp_path / "s", **changes))
-    assert extract(config(tmp_path / "t", dtype="float32", **changes)).images == 70
+    assert not (tmp_path / "s").exists()
+    assert extract(config(tmp_path / "s", dtype="float32", **changes)).images == 70
 
 
 def test_a_long_run_checks_the_teacher_first_and_warns_at_chance(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 import zarr
 
 from kdstore.data.source import Caption
-from kdstore.errors import DiskFull, IdentityMismatch, IncompleteStore, StoreError, StoreLocked
+from kdstore.errors import CannotWrite, DiskFull, IdentityMismatch, IncompleteStore, StoreError, StoreLocked
 from kdstore.jsonfile import write_json
 from kdstore.store import Plan, StoreWriter, embedding_array, open_store, verify_store
 
@@ -77,6 +77,24 @@ def test_an_exception_discards_the_unit_and_a_resume_ends_in_the_same_manifest(s
     assert sample.write(path) == open_store(pristine).digest
     assert (path / "manifest.json").read_bytes() == (pristine / "manifest.json").read_bytes()
     assert verify_store(path).ok
+
+
+def test_a_first_unit_that_fails_leaves_the_path_to_other_settings(sample: Any, tmp_path: Path) -> None:
+    for existed in (False, True):
+        path = tmp_path / f"store-{existed}"
+        if existed:
+            path.mkdir()
+        with pytest.raises(RuntimeError), sample.open(path) as writer, writer.attempt(writer.pending()[0]):
+            raise RuntimeError("the teacher failed")
+        assert path.exists() == existed
+        sample.open(path, identity={"teacher": "another"}).close()
+
+
+@pytest.mark.parametrize("name", ["file", "file/store"])
+def test_a_path_that_cannot_be_a_folder_is_an_error_of_ours(sample: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWrite, match=r"Cannot write .*: Not a directory"):
+        sample.open(tmp_path / name)
 
 
 def test_kill_9_before_any_rename_and_a_resume_end_in_the_same_manifest(

@@ -36,7 +36,7 @@ class WrittenFile:
 
 
 class HashedFile:
-    """A new file that hashes what is written to it; `close` makes it durable. Every method raises DiskFull when space ends."""
+    """A new file that hashes what is written to it; `close` makes it durable. Every method raises DiskFull when space ends, CannotWrite otherwise."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -66,7 +66,7 @@ class Attempt:
         self._nan = {name: np.zeros(len(unit), bool) for name, spec in self._specs.items() if spec.dtype.startswith("float")}
 
     def append(self, name: str, block: npt.NDArray[np.generic]) -> None:
-        """Append rows [rows, V, ...] of an image array or [rows, ...] of a text array, already in the stored dtype; raises DiskFull."""
+        """Append rows [rows, V, ...] of an image array or [rows, ...] of a text array, already in the stored dtype; raises DiskFull, CannotWrite."""
         spec = self._specs[name]
         if block.shape[1:] != spec.shape[1:] or block.dtype != np.dtype(spec.dtype):
             raise ValueError(f"{name}: expected rows of shape {spec.shape[1:]} {spec.dtype}, found {block.shape[1:]} {block.dtype}")
@@ -131,9 +131,10 @@ class Attempt:
 class StoreWriter:
     """The one committer of a store; `open` resumes what an earlier one recorded."""
 
-    def __init__(self, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any], digest: str | None) -> None:
+    def __init__(self, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any], digest: str | None, *, created: bool = False) -> None:
         self.path = path
         self.plan = plan
+        self._created = created
         self._specs = specs
         self._asked = asked
         self._digest = digest
@@ -142,7 +143,7 @@ class StoreWriter:
     def open(cls, path: str | Path, *, plan: Plan, arrays: Sequence[ArraySpec], identity: dict[str, Any]) -> StoreWriter:
         """Create the store, resume an unfinished one, or find it complete.
 
-        Raises IdentityMismatch with the differing fields when identity, plan or arrays are not those found; StoreLocked; DamagedStore; DiskFull.
+        Raises IdentityMismatch with the differing fields when identity, plan or arrays are not those found; StoreLocked; DamagedStore; DiskFull; CannotWrite.
         `image/valid` and `text/valid` are added to `arrays`.
         """
         path = Path(path)
@@ -158,9 +159,10 @@ class StoreWriter:
         build = path / BUILD
         if (path / MANIFEST).is_file():
             return cls._of_complete(path, plan, specs, asked)
-        if path.exists() and not build.is_dir() and any(path.iterdir()):
-            raise StoreError(f"{path} is neither empty nor a store.", "Choose another path.")
         try:
+            created = not path.exists()
+            if not created and not build.is_dir() and any(path.iterdir()):
+                raise StoreError(f"{path} is neither empty nor a store.", "Choose another path.")
             build.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise disk_error(e, build) from e
@@ -178,7 +180,7 @@ class StoreWriter:
         except BaseException:
             release_lock(build / _LOCK)
             raise
-        return cls(path, plan, specs, asked, None)
+        return cls(path, plan, specs, asked, None, created=created)
 
     @classmethod
     def _of_complete(cls, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any]) -> StoreWriter:
@@ -245,7 +247,16 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not self.complete:
+            self._discard_unrecorded()
         self.close()
+
+    def _discard_unrecorded(self) -> None:
+        """Remove the folder's content if no unit has come so far, so that a run with corrected settings may take the same path."""
+        if [p.name for p in self.path.iterdir()] == [BUILD] and not any((self.path / BUILD / _UNITS).glob("*.json")):
+            shutil.rmtree(self.path / BUILD, ignore_errors=True)
+            if self._created:
+                self.path.rmdir()
 
     def _record_path(self, unit: Unit) -> Path:
         return self.path / BUILD / _UNITS / f"{unit.name}.json"
