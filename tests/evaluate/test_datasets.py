@@ -93,6 +93,8 @@ def test_what_is_missing_is_named_with_the_folder_looked_in(tmp_path: Path) -> N
         ('{"image": "a.png", "question": "q", "answer": 3}', "found 3"),
         ('{"image": "a.png", "question": "q", "answer": "x", "question_id": [1]}', "expected a number or a text"),
         ('{"image": "a.png", "question": "q", "answer": "x", "question_id": 1}\n' * 2, "1 repeated question ids .first: 1"),
+        ('{"image": "a.png", "question": "q", "answer": "x", "question_type": 3}', "Line 1 .* question_type 3; expected a text"),
+        ('{"image": "a.png", "question": "q", "answer": "x", "answer_type": null}', "answer_type None; expected a text"),
         ("", "holds no question"),
     ],
 )
@@ -100,6 +102,14 @@ def test_bad_lines_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "train.jsonl").write_text(text)
     with pytest.raises(EvaluationError, match=message):
         open_vqa("jsonl", "train", folder=tmp_path)
+
+
+def test_question_files_are_utf_8(tmp_path: Path) -> None:
+    write_easy_vqa(tmp_path, "train", EASY_ROWS)
+    for name, path in (("jsonl", tmp_path / "train.jsonl"), ("easy-vqa", tmp_path / "train" / "questions.json")):
+        path.write_bytes('"caf\u00e9"'.encode("latin-1"))
+        with pytest.raises(EvaluationError, match=rf"{path.name} is not UTF-8: .* at byte 4"):
+            open_vqa(name, "train", folder=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '[["q", "a"]]', '[["q", 3, 4]]'])

@@ -67,3 +67,6 @@ def test_wrong_settings_get_one_clear_line(tmp_path: Path) -> None:
         RetrievalConfig(model="x", encode_batch=0)
     with pytest.raises(ConfigError, match="is a folder"):
         evaluate_retrieval(RetrievalConfig(model="x", out=str(tmp_path)))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is not a folder that can be written to"):
+        evaluate_retrieval(RetrievalConfig(model="x", out=str(tmp_path / "file" / "new" / "result.json")))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from kdstore.errors import ConfigError, EvaluationError, UnknownName
+from kdstore.errors import ConfigError, DiskFull, EvaluationError, UnknownName
+from kdstore.evaluate import features
 from kdstore.evaluate.datasets import VQA_DATASETS, open_vqa
+from kdstore.evaluate.features import image_features
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
 from kdstore.evaluate.results import markdown_table, read_result
 from kdstore.evaluate.vqa import VqaResult, evaluate_vqa
@@ -128,13 +132,29 @@ def test_wrong_settings_get_one_clear_line_before_any_work(model_folder: Path, t
             evaluate_vqa(small(model_folder, **{field: name}))
     with pytest.raises(ConfigError, match="is a folder"):
         evaluate_vqa(small(model_folder, out=str(tmp_path)))
-    for settings in ({"question_encoder": "own"}, {"epochs": 0}, {"width": 18}, {"warmup": 1.0}, {"eval_images": 0}):
+    for settings in ({"question_encoder": "own"}, {"epochs": 0}, {"width": 18}, {"warmup": 1.0}, {"eval_images": 0}, {"seed": -1}, {"train_split": "test"}):
         with pytest.raises(ConfigError, match="must"):
             small(model_folder, **settings)
     with pytest.raises(UnknownName, match="scenes split"):
         evaluate_vqa(small(model_folder, eval_split="tests"))
     with pytest.raises(EvaluationError, match="No result file"):
         read_result(tmp_path / "none.json")
+
+
+def test_features_past_the_memory_lie_in_a_file_whose_space_is_reserved(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, split = load_model(f"local-dir:{model_folder}", device="cpu"), open_vqa("scenes", "test", num_images=3)
+    in_memory = image_features([model], split.image, 3, reads="embedding", batch=2)[0]
+    monkeypatch.setattr(features, "IN_MEMORY", 0)
+    in_file = image_features([model], split.image, 3, reads="embedding", batch=2)[0]
+    assert isinstance(in_file, np.memmap)
+    assert np.array_equal(in_file, in_memory)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(DiskFull):
+            image_features([model], split.image, 3, reads="embedding", batch=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_every_setting_is_either_protocol_or_named_as_none() -> None:

@@ -87,14 +87,13 @@ def _scenes(folder: Path | None, split: str, num_images: int | None) -> VqaSplit
     return _drawn_scenes(split, num_images)
 
 
-@functools.lru_cache(maxsize=4)  # several models are evaluated on the same scenes: ask and draw them once
+@functools.lru_cache(maxsize=4)  # several models are evaluated on the same scenes: ask about them once
 def _drawn_scenes(split: str, num_images: int | None) -> VqaSplit:
     source = Scenes(split, num_images)
     questions = tuple(
         VqaQuestion(q.question_id, i, q.question, q.question_type, q.answer_type, q.answers) for i in range(len(source)) for q in source.questions(i)
     )
-    draw = functools.lru_cache(maxsize=1 << 14)(source.image)  # 200 MB at most
-    return VqaSplit(f"scenes/{split}", questions, tuple(source.key(i) for i in range(len(source))), draw)
+    return VqaSplit(f"scenes/{split}", questions, tuple(source.key(i) for i in range(len(source))), source.image)
 
 
 def _easy_vqa(folder: Path | None, split: str, num_images: int | None) -> VqaSplit:
@@ -130,21 +129,28 @@ def _jsonl(folder: Path | None, split: str, num_images: int | None) -> VqaSplit:
             raise EvaluationError(f"Line {line} of {path} has the question_id {question_id!r}; expected a number or a text.", "Correct the line.")
         image = number.setdefault(path.parent / row["image"], len(number))
         records = _records(answers)
-        answer_type = row.get("answer_type", _answer_type([r["answer"] for r in records]))
-        questions.append(VqaQuestion(question_id, image, row["question"], row.get("question_type", "all"), answer_type, records))
+        types = {"question_type": "all", "answer_type": _answer_type([r["answer"] for r in records])}
+        types |= {name: row[name] for name in types if name in row}
+        for name, value in types.items():
+            if not isinstance(value, str):
+                raise EvaluationError(f"Line {line} of {path} has the {name} {value!r}; expected a text.", "Correct the line.")
+        questions.append(VqaQuestion(question_id, image, row["question"], types["question_type"], types["answer_type"], records))
     return _image_files(f"jsonl/{split}", tuple(questions), tuple(number))
 
 
 def _folder_of(dataset: str, folder: Path | None) -> Path:
     if folder is None:
-        raise EvaluationError(f"The data set {dataset} is read from a folder, and none was given.", "Give its folder: --folder PATH or folder = 'PATH'.")
+        raise EvaluationError(f"The data set {dataset} is read from a folder, and none was given.", "Give its folder: --data-dir PATH or folder = 'PATH'.")
     return folder
 
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise EvaluationError(f"No file {path.name} in {path.parent}.", "Give the folder that holds the data set, and one of its splits.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise EvaluationError(f"{path} is not UTF-8: {e.reason} at byte {e.start}.", "Save it as UTF-8.") from e
 
 
 def _read_json(path: Path) -> list[tuple[str, str, int]]:

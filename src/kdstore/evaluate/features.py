@@ -5,8 +5,11 @@ Encoding several models in one pass matters because decoding (or drawing) an ima
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ import torch
 from kdstore.data.source import LoadedImage
 from kdstore.errors import EvaluationError
 from kdstore.evaluate.heads import MAX_WORDS
+from kdstore.jsonfile import disk_error
 from kdstore.models.encode import encode_image, encode_image_tokens, encode_text_tokens
 from kdstore.models.load import Model
 from kdstore.progress import OnProgress, silent
@@ -80,6 +84,12 @@ def question_states(model: Model, texts: Sequence[str], batch: int) -> tuple[tor
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    if 2 * int(np.prod(shape)) <= IN_MEMORY:
+    size = 2 * math.prod(shape)
+    if size <= IN_MEMORY:
         return np.empty(shape, np.float16)
-    return np.memmap(tempfile.TemporaryFile(), np.float16, mode="w+", shape=shape)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here; in the mapping it would end the process
+            return np.memmap(file, np.float16, mode="r+", shape=shape)
+    except OSError as e:
+        raise disk_error(e, Path(tempfile.gettempdir())) from e

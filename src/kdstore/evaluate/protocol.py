@@ -46,6 +46,10 @@ class VqaConfig:
         for name in ("train_images", "eval_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Leave {name} out to use the whole split.")
+        if self.seed < 0:
+            raise ConfigError(f"'seed' must be at least 0, found {self.seed}.", "Correct seed.")
+        if self.train_split == self.eval_split:
+            raise ConfigError(f"'train_split' and 'eval_split' must differ, found '{self.eval_split}' for both.", "Evaluate on another split.")
         if self.width < 4 or self.width % self.attention_heads:
             raise ConfigError(f"'width' must be a multiple of attention_heads ({self.attention_heads}) and at least 4, found {self.width}.", "Correct width.")
         if not (self.learning_rate > 0 and self.gradient_clip > 0 and self.weight_decay >= 0 and 0 <= self.warmup < 1):

@@ -6,6 +6,7 @@ stage adds, and `made` (versions, device, seconds), the only part in which two r
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -46,8 +47,14 @@ def made_record(device: torch.device, seconds: float) -> dict[str, Any]:
 
 def check_out(out: str | None) -> None:
     """Refuse a result file that cannot be written, before any work is done."""
-    if out is not None and Path(out).is_dir():
+    if out is None:
+        return
+    path = Path(out).absolute()
+    if path.is_dir():
         raise ConfigError(f"The result file {out} is a folder.", "Give --out the path of a JSON file.")
+    nearest = next(parent for parent in path.parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"The result file {out} cannot be written: {nearest} is not a folder that can be written to.", "Give --out another path.")
 
 
 def write_result(out: str | None, content: dict[str, Any]) -> dict[str, Any]:
