@@ -1,16 +1,19 @@
 """The demo in small: every stage really runs, a second run only draws the report again, and the page needs nothing from outside."""
 
+import copy
+import functools
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kdstore.demo.config import DemoConfig
-from kdstore.demo.report import COLUMNS, table_as_markdown
-from kdstore.demo.run import half_width, run_demo
+from kdstore.demo.report import COLUMNS, table_as_markdown, write_report
+from kdstore.demo.run import half_width, place_of, run_demo
 from kdstore.errors import ConfigError
-from kdstore.jsonfile import read_json
+from kdstore.jsonfile import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,35 @@ def test_a_second_run_computes_nothing_again(demo):
     assert again.content["table"] == result.content["table"]
 
 
+@pytest.mark.parametrize("place", [("made", "versions", "kdstore"), ("model", "identity", "teacher", "digest")])
+def test_a_result_of_another_version_or_other_weights_is_made_again(demo, place):
+    config, result, _ = demo
+    path = result.report.parent / "results" / "scenes-S-retrieval.json"
+    before = read_json(path)
+    other = copy.deepcopy(before)
+    functools.reduce(dict.__getitem__, place[:-1], other)[place[-1]] = "other"
+    write_json(path, other)
+    run_demo(config)
+    assert {**read_json(path), "made": 0, "digest": 0} == {**before, "made": 0, "digest": 0}
+
+
+def test_teachers_of_one_last_name_have_places_of_their_own():
+    assert place_of("scenes-S") == "scenes-S"
+    places = {place_of(name) for name in ("x", "/a/x", "b/x", "local-dir:b/x", "./x")}
+    assert len(places) == 5
+    assert all(Path(place).name == place for place in places)
+
+
+def test_a_question_type_without_questions_leaves_a_gap(demo, tmp_path):
+    _config, result, _ = demo
+    content = copy.deepcopy(result.content)
+    for line in content["table"]:
+        del line["scores"]["vqa exist"]
+        line["spread"].pop("vqa exist", None)
+    assert "| - |" in table_as_markdown(content)
+    assert write_report(tmp_path / "report.html", content).is_file()
+
+
 def test_the_report_opens_offline(demo):
     _, result, _ = demo
     page = result.report.read_text()
@@ -101,13 +133,13 @@ def test_the_t_interval_is_that_of_a_published_table():
 
 def test_gains_are_paired_by_seed(demo):
     _config, result, _ = demo
-    recall = {line["group"]: line["scores"]["image_retrieval_recall@1"] for line in result.content["table"]}
+    recall = {line["group"]: line["scores"]["image_retrieval_recall@1"] for line in result.content["table"] if line["kind"] == "student"}
     gain = next(d for d in result.content["differences"] if d["score"] == "image_retrieval_recall@1")
     assert len(gain["gains"]) == 2
     assert gain["gain"] == pytest.approx(recall["student, from scenes-S"] - recall["student, no teacher"], abs=0.02)
 
 
-@pytest.mark.parametrize("wrong", [{"teachers": ()}, {"seeds": ()}, {"samples": 0}])
+@pytest.mark.parametrize("wrong", [{"teachers": ()}, {"seeds": ()}, {"samples": 0}, {"images": 63}, {"samples": 63}])
 def test_a_demo_of_nothing_is_refused(wrong):
     with pytest.raises(ConfigError):
         DemoConfig(**wrong)

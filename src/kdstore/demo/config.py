@@ -32,3 +32,6 @@ class DemoConfig:
         for name in ("images", "samples", "batch_size", "retrieval_images", "vqa_train_images", "vqa_test_images", "vqa_epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
+        for name in ("images", "samples"):
+            if getattr(self, name) < self.batch_size:
+                raise ConfigError(f"{getattr(self, name)} {name} are less than one batch of {self.batch_size}.", f"Raise {name} or lower batch_size.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _plot_kinds(content: dict[str, Any]) -> Any:
     for k, line in enumerate(shown):
         places = [x + (k - (len(shown) - 1) / 2) * width for x in range(len(kinds))]
         shade = 0.45 + 0.55 * k / len(shown)
-        heights = [line["scores"][f"vqa {kind}"] for kind in kinds]
+        heights = [line["scores"].get(f"vqa {kind}", math.nan) for kind in kinds]
         errors = [line["spread"].get(f"vqa {kind}", 0) for kind in kinds] if line["spread"] else None
         axes.bar(places, heights, width, yerr=errors, color=KIND_COLORS[line["kind"]], alpha=shade, label=line["group"])
     for x, kind in enumerate(kinds):

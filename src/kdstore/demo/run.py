@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
+import kdstore
 from kdstore.config import as_dict, config_digest
 from kdstore.demo.config import DemoConfig
 from kdstore.demo.report import write_report
@@ -28,8 +29,9 @@ from kdstore.evaluate.retrieval import RetrievalConfig, evaluate_retrieval
 from kdstore.evaluate.vqa import evaluate_vqa
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
-from kdstore.jsonfile import read_json, write_json
+from kdstore.jsonfile import digest_of, read_json, write_json
 from kdstore.progress import OnProgress, silent
+from kdstore.store import open_store
 
 ALONE = "no teacher"
 RECALLS = ("image_retrieval_recall@1", "image_retrieval_recall@5", "text_retrieval_recall@1", "text_retrieval_recall@5")
@@ -54,6 +56,15 @@ class _Evaluated:
     scores: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """A model to score: what load_model takes, the name of its results, and the digest of its run or of its identity."""
+
+    name: str
+    place: str
+    digest: str
+
+
 def run_demo(config: DemoConfig, *, on_progress: OnProgress = silent) -> DemoResult:
     """Run or continue the whole demo in `config.out`; writes demo.json and report.html there."""
     started = time.perf_counter()
@@ -62,7 +73,7 @@ def run_demo(config: DemoConfig, *, on_progress: OnProgress = silent) -> DemoRes
     timings: dict[str, float] = {}
     stores: dict[str, str] = {}
     for name in config.teachers:
-        wanted = ExtractConfig(teacher=name, data=data, out=str(out / "store" / name), device=config.device)
+        wanted = ExtractConfig(teacher=name, data=data, out=str(store_path(config, name)), device=config.device)
         with _timed(timings, "extract"):
             stores[name] = extract(wanted, on_progress=_under(on_progress, f"extract {name}")).digest
     lines: list[_Evaluated] = []
@@ -74,10 +85,12 @@ def run_demo(config: DemoConfig, *, on_progress: OnProgress = silent) -> DemoRes
             group = f"student, {f'from {teacher}' if teacher else ALONE}"
             curves.setdefault(group, read_curve(run.path))
             with _timed(timings, "evaluate"):
-                lines += _evaluate(config, str(run.path), group, "student", seed, on_progress, controls=teacher is None)
+                model = _Scored(str(run.path), run.path.name, read_json(run.path / "run.json", RunError)["digest"])
+                lines += _evaluate(config, model, group, "student", seed, on_progress, controls=teacher is None)
     for name in config.teachers:
         with _timed(timings, "evaluate"):
-            lines += _evaluate(config, name, f"teacher {name}", "teacher", config.seeds[0], on_progress, controls=False)
+            model = _Scored(name, place_of(name), open_store(store_path(config, name)).identity["teacher"]["digest"])
+            lines += _evaluate(config, model, f"teacher {name}", "teacher", config.seeds[0], on_progress, controls=False)
     content = {
         "stage": "demo",
         "config": as_dict(config),
@@ -93,6 +106,17 @@ def run_demo(config: DemoConfig, *, on_progress: OnProgress = silent) -> DemoRes
     return DemoResult(write_report(out / "report.html", content), content)
 
 
+def place_of(model: str) -> str:
+    """Name the files of a model: by its name, or for a path by the last part and a hash of the whole, so that no two models share a place."""
+    plain = "".join(c if c.isalnum() or c in "._-+" else "-" for c in Path(model).name)
+    return plain if plain == model else f"{plain}-{digest_of(model).removeprefix('sha256:')[:8]}"
+
+
+def store_path(config: DemoConfig, teacher: str) -> Path:
+    """Where the features of a teacher lie."""
+    return Path(config.out) / "store" / place_of(teacher)
+
+
 def read_curve(run: Path) -> list[dict[str, float]]:
     """Read (samples, loss) of a run's log."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -101,11 +125,11 @@ def read_curve(run: Path) -> list[dict[str, float]]:
 
 def _distill_config(config: DemoConfig, teacher: str | None, seed: int, data: str) -> DistillConfig:
     return DistillConfig(
-        cache=str(Path(config.out) / "store" / teacher) if teacher else None,
+        cache=str(store_path(config, teacher)) if teacher else None,
         data=data,
         student=config.student,
         loss=config.loss if teacher else "none",
-        out=str(Path(config.out) / "runs" / f"{teacher or 'none'}-seed{seed}"),
+        out=str(Path(config.out) / "runs" / f"{place_of(teacher) if teacher else 'none'}-seed{seed}"),
         resume=True,
         samples=config.samples,
         batch_size=config.batch_size,
@@ -116,24 +140,24 @@ def _distill_config(config: DemoConfig, teacher: str | None, seed: int, data: st
     )
 
 
-def _evaluate(config: DemoConfig, model: str, group: str, kind: str, seed: int, on_progress: OnProgress, *, controls: bool) -> Iterator[_Evaluated]:
+def _evaluate(config: DemoConfig, model: _Scored, group: str, kind: str, seed: int, on_progress: OnProgress, *, controls: bool) -> Iterator[_Evaluated]:
     """Score one model in retrieval and VQA; with `controls`, also what the same head makes of no image and of an untrained student."""
-    name, results = Path(model).name, Path(config.out) / "results"
+    place, results = model.place, Path(config.out) / "results"
     retrieval_config = RetrievalConfig(
-        model=model, data=f"scenes/retrieval:{config.retrieval_images}", device=config.device, out=str(results / f"{name}-retrieval.json")
+        model=model.name, data=f"scenes/retrieval:{config.retrieval_images}", device=config.device, out=str(results / f"{place}-retrieval.json")
     )
     vqa_config = VqaConfig(
-        model=model,
+        model=model.name,
         train_images=config.vqa_train_images,
         eval_images=config.vqa_test_images,
         epochs=config.vqa_epochs,
         controls=controls,
         seed=seed,
         device=config.device,
-        out=str(results / f"{name}-vqa.json"),
+        out=str(results / f"{place}-vqa.json"),
     )
-    retrieval = _kept(retrieval_config) or evaluate_retrieval(retrieval_config, on_progress=_under(on_progress, f"retrieval {name}")).content
-    vqa = _kept(vqa_config) or evaluate_vqa(vqa_config, on_progress=_under(on_progress, f"vqa {name}")).content
+    retrieval = _kept(retrieval_config, model) or evaluate_retrieval(retrieval_config, on_progress=_under(on_progress, f"retrieval {place}")).content
+    vqa = _kept(vqa_config, model) or evaluate_vqa(vqa_config, on_progress=_under(on_progress, f"vqa {place}")).content
     recall = {key: retrieval["rows"][0]["scores"][key] for key in RECALLS}
     for row in vqa["rows"]:
         scores = {f"vqa {name}": score for name, score in row["scores"].items()}
@@ -143,16 +167,16 @@ def _evaluate(config: DemoConfig, model: str, group: str, kind: str, seed: int, 
             yield _Evaluated(row["row"].replace("untrained", "untrained student"), "control", seed, None, scores)
 
 
-def _kept(config: RetrievalConfig | VqaConfig) -> dict[str, Any] | None:
-    """Return the result of an earlier demo if it is whole, of these settings, and of the run that the folder holds now."""
+def _kept(config: RetrievalConfig | VqaConfig, model: _Scored) -> dict[str, Any] | None:
+    """Return the result of an earlier demo if it is whole, and of these settings, this version and the weights that `model` names."""
     assert config.out is not None
     try:
         found = read_result(config.out)
-        run = read_json(Path(config.model) / "run.json", RunError)["digest"] if Path(config.model).is_dir() else None
-    except (EvaluationError, RunError, OSError):
+    except EvaluationError:
         return None
-    same_run = (found["model"]["run"] or {}).get("digest") == run
-    return found if same_run and found["config"] == as_dict(config) else None
+    of = (found["model"]["identity"]["teacher"]["digest"], (found["model"]["run"] or {}).get("digest"))
+    same = model.digest in of and found["made"]["versions"]["kdstore"] == kdstore.__version__
+    return found if same and found["config"] == as_dict(config) else None
 
 
 def _put_together(lines: list[_Evaluated]) -> list[dict[str, Any]]:
