@@ -97,6 +97,32 @@ def test_an_image_that_cannot_be_decoded_says_why_and_keeps_its_hash(content, re
     assert len(e.value.sha256) == 64
 
 
+def test_cells_of_a_csv_are_read_as_they_are_written(folder):
+    (folder / "rows.tsv").write_text("key\tpath\tcaption\n007\t0.png\tNone\n1e3\t1.png\t42\n10\t\tNA\n")
+    source = open_source(str(folder / "rows.tsv"))
+    assert [source.key(i) for i in range(3)] == ["007", "1e3", "10"]
+    assert [source.captions(i)[0].text for i in range(3)] == ["None", "42", "NA"]
+    with pytest.raises(UndecodableImage, match="no image"):
+        source.image(2)
+
+
+@pytest.mark.parametrize(("names", "keys"), [("ab", "ab"), ("aa", "01"), (["a", None], "01")])
+def test_file_names_beside_encoded_images_are_keys_where_they_tell_images_apart(tmp_path, names, keys):
+    images = [{"bytes": png((k, 0, 0)), "path": name} for k, name in enumerate(names)]
+    source = open_source(str(parquet(tmp_path / "rows.parquet", images, caption=["x", "y"])))
+    assert [source.key(i) for i in range(len(source))] == list(keys)
+    assert source.image(1).sha256 != source.image(0).sha256
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")  # datasets leaves the metadata file open
+def test_a_hub_dataset_of_image_files_is_read_where_datasets_put_them(folder, monkeypatch):
+    (folder / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{k}.png,words {k}\n" for k in range(4)))
+    monkeypatch.chdir(folder.parents[1])  # a folder of two names opens like a repository of the hub
+    source = open_source(f"hf:{folder.parent.name}/{folder.name}")
+    assert sorted(source.key(i) for i in range(len(source))) == [f"{k}.png" for k in range(4)]
+    assert all(source.image(i).width == 12 for i in range(4))
+
+
 def test_missing_and_escaping_paths_are_undecodable_rows_not_crashes(folder):
     (folder / "rows.csv").write_text("path,caption\nnone.png,first\n../../etc/passwd,second\n")
     source = open_source(str(folder / "rows.csv"))
@@ -117,7 +143,19 @@ def test_images_are_upright_and_rgb(tmp_path):
 
 @pytest.mark.parametrize(
     "spec",
-    ["nowhere", "scenes/nope", "scenes:many", "scenes:0", "{tmp}", "{tmp}/a.txt", "{tmp}/bad.parquet", "{tmp}/bad.csv?colour=x", "hf:no-such/data"],
+    [
+        "scenes?caption=x",
+        "{tmp}/bad.csv?caption",
+        "nowhere",
+        "scenes/nope",
+        "scenes:many",
+        "scenes:0",
+        "{tmp}",
+        "{tmp}/a.txt",
+        "{tmp}/bad.parquet",
+        "{tmp}/bad.csv?colour=x",
+        "hf:no-such/data",
+    ],
 )
 def test_a_wrong_spec_is_one_clear_error(spec, tmp_path):
     (tmp_path / "a.txt").write_text("x")

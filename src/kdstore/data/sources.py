@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
 from kdstore.data.scenes import SPLITS, Scenes
 from kdstore.data.source import Caption, LoadedImage, Source, UndecodableImage, decode_image
 from kdstore.errors import SourceError, UnknownName
@@ -31,7 +35,10 @@ def open_source(spec: str) -> Source:
     `?image=...&caption=...&key=...` behind it names the columns.
     """
     name, _, query = spec.partition("?")
-    columns = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+    try:
+        columns = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+    except ValueError as e:
+        raise SourceError(f"'?{query}' in {spec} does not name columns.", "Write ?image=COLUMN&caption=COLUMN&key=COLUMN.") from e
     for option in columns:
         if option not in COLUMN_OPTIONS:
             raise UnknownName.of("column option", option, COLUMN_OPTIONS)
@@ -42,6 +49,8 @@ def open_source(spec: str) -> Source:
 
 
 def _open_scenes(name: str, columns: dict[str, str]) -> Source:
+    if columns:
+        raise SourceError(f"The built-in scenes have no columns, but {', '.join(columns)} was given.", f"Write {name}.")
     world, _, size = name.partition(":")
     split = world.partition("/")[2] or "train"
     if split not in SPLITS:
@@ -62,7 +71,7 @@ def _open_hub(name: str, columns: dict[str, str]) -> Source:
     except Exception as e:  # the hub client raises its own, the network's and the builder's errors
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise SourceError(f"Cannot open the hub dataset {name}: {lines[0][:200]}", "Check the name, the configuration, the split and the network.") from e
-    return TableSource(name, rows, Path(), columns)
+    return TableSource(name, rows, None, columns)
 
 
 def _open_files(name: str, columns: dict[str, str]) -> Source:
@@ -83,18 +92,30 @@ def _open_files(name: str, columns: dict[str, str]) -> Source:
 def _read_table(path: Path) -> Any:
     import datasets
 
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
     try:
-        return datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train", **options)
+        if TABLES[path.suffix] == "csv":
+            return datasets.Dataset(datasets.table.InMemoryTable(_read_texts(path, "\t" if path.suffix == ".tsv" else ",")))
+        return datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
     except Exception as e:  # builders raise pandas', Arrow's and their own errors
         cause = e.__cause__ or e
         raise SourceError(f"Cannot read {path}: {str(cause).strip().splitlines()[0][:200]}", "Check that it is a whole table.") from e
 
 
-class TableSource:
-    """A table with an image column (paths or bytes), caption columns, and keys; rows of one path are one image."""
+def _read_texts(path: Path, separator: str) -> pa.Table:
+    """Read every cell as it is written: a caption may be 'None' or '7', and a key may begin with zeros."""
+    parse = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+    with pa.csv.open_csv(path, parse_options=parse) as start:
+        texts = dict.fromkeys(start.schema.names, pa.string())
+    return pa.csv.read_csv(path, parse_options=parse, convert_options=pa.csv.ConvertOptions(column_types=texts))
 
-    def __init__(self, spec: str, rows: Any, folder: Path, columns: dict[str, str]) -> None:
+
+class TableSource:
+    """A table with an image column (paths or bytes), a caption column, and keys; rows of one path are one image.
+
+    Paths in text cells are read inside `folder` only; a hub dataset has None, and its image column says where `datasets` put the files.
+    """
+
+    def __init__(self, spec: str, rows: Any, folder: Path | None, columns: dict[str, str]) -> None:
         import datasets
 
         chosen = {
@@ -103,23 +124,22 @@ class TableSource:
         }
         key = _column(spec, rows.column_names, "key", KEY_COLUMNS, columns.get("key"), needed=False)
         self.spec = f"{spec}?{urlencode(columns)}" if columns else spec
-        self._folder = folder.resolve()
+        self._folder = folder.resolve() if folder else None
         if isinstance(rows.features[chosen["image"]], datasets.Image):
             rows = rows.cast_column(chosen["image"], datasets.Image(decode=False))
         self._images = rows.select_columns([chosen["image"]])
         self._column = chosen["image"]
-        paths = rows[self._column] if not key else rows[key]
         self._rows: list[int] = []
         self._keys: list[str] = []
         self._captions: list[tuple[Caption, ...]] = []
-        self._group(list(paths), rows[chosen["caption"]], named=bool(key))
+        names = rows.data.column(key).to_pylist() if key else _image_names(rows.data.column(self._column))
+        self._group(names, rows.data.column(chosen["caption"]).to_pylist(), named=bool(key))
 
     def _group(self, names: list[Any], captions: Iterable[Any], *, named: bool) -> None:
         """Give every image its key and its captions; a path that stands in several rows is one image."""
         place: dict[str, int] = {}
         for row, (name, value) in enumerate(zip(names, captions, strict=True)):
-            by_name = named or isinstance(name, str)
-            key = str(name) if by_name else str(row)
+            key = str(name) if named or name else str(row)
             if key in place and named:
                 raise SourceError(f"{self.spec}: the key '{key}' stands in rows {self._rows[place[key]]} and {row}.", "Give a column of unique keys.")
             texts = tuple(Caption(text) for text in _texts(value))
@@ -144,22 +164,41 @@ class TableSource:
 
     def image(self, i: int) -> LoadedImage:
         value = self._images[self._rows[i]][self._column]
+        made_by_datasets = isinstance(value, dict) and self._folder is None
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, str):
-            value = self._read(value)
+        if isinstance(value, str) and value:
+            value = _read_file(Path(value) if made_by_datasets else self._inside(value))
         if not isinstance(value, bytes):
             raise UndecodableImage("the row has no image")
         return decode_image(value)
 
-    def _read(self, name: str) -> bytes:
+    def _inside(self, name: str) -> Path:
+        if self._folder is None:
+            raise UndecodableImage("a hub dataset holds no file that a text cell could name")
         path = (self._folder / name).resolve()
         if self._folder not in path.parents:
             raise UndecodableImage(f"the path leaves {self._folder.name}")
-        try:
-            return path.read_bytes()
-        except OSError as e:
-            raise UndecodableImage(f"{e.strerror}: {name}") from e
+        return path
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise UndecodableImage(f"{e.strerror}: {path.name}") from e
+
+
+def _image_names(images: pa.ChunkedArray) -> list[str | None]:
+    """Name images by their paths without reading their bytes; None where they have no name.
+
+    Beside encoded images stands a file name that need not be unique, or, in a hub dataset of files, a path of this machine: only its end is a name.
+    """
+    if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
+        names = [path and path.rpartition("/")[2] for path in pc.struct_field(images, "path").to_pylist()]
+        return names if all(names) and len(set(names)) == len(names) else [None] * len(names)
+    is_text = pa.types.is_string(images.type) or pa.types.is_large_string(images.type)
+    return images.to_pylist() if is_text else [None] * len(images)
 
 
 def _column(spec: str, found: list[str], what: str, usual: tuple[str, ...], asked: str | None, *, needed: bool = True) -> str:
