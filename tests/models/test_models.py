@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from kdstore.errors import ConfigError, ModelError, UnknownName
 from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, in_batches, text_lengths, token_shape
 from kdstore.models.load import load_model, parameter_counts, weights_sha256
-from kdstore.models.names import DEFAULT_TAGS, demo_teachers, resolve, short_name
+from kdstore.models.names import DEFAULT_TAGS, architecture_of, demo_teachers, resolve, short_name
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,35 @@ def test_the_short_name_drops_what_papers_drop(name, short):
     assert short_name(name) == short
 
 
-def test_every_default_tag_exists_and_fits_its_activation():
-    for arch, tag in DEFAULT_TAGS.items():
-        assert tag in open_clip.list_pretrained_tags_by_model(arch), arch
-    fitting = [a for a in DEFAULT_TAGS if a not in ("RN50",)]
-    for arch in fitting:
-        assert resolve(arch).pretrained == DEFAULT_TAGS[arch]
+@pytest.mark.parametrize("arch", DEFAULT_TAGS)
+def test_every_default_tag_exists_and_fits_its_activation(arch):
+    assert DEFAULT_TAGS[arch] in open_clip.list_pretrained_tags_by_model(arch)
+    assert resolve(arch).pretrained == DEFAULT_TAGS[arch]
+
+
+@pytest.mark.parametrize(("name", "weights"), [("ViT-B-32:openai", None), ("ViT-B-32", "openai"), ("ViT-B/32", "weights.pt")])
+def test_weights_that_are_named_are_never_left_out_in_silence(name, weights):
+    with pytest.raises(ModelError, match="untrained, but the weights"):
+        resolve(name, weights, untrained=True)
+    assert resolve(architecture_of(name), untrained=True).open_clip_name == "ViT-B-32"
+
+
+@pytest.mark.parametrize(("holds", "said"), [("config.json", "unfinished run"), ("checkpoint.pt", "unfinished run"), ("notes.txt", "not a model folder")])
+def test_a_folder_without_a_model_says_what_it_is_by_the_name_that_was_typed(in_tmp, holds, said):
+    (in_tmp / "run").mkdir()
+    (in_tmp / "run" / holds).touch()
+    for name in ("run", "./run/", "local-dir:run"):
+        with pytest.raises(ModelError, match=said) as e:
+            resolve(name)
+        assert e.value.message.startswith(f"{name} ")
+
+
+def test_a_finished_run_is_found_by_its_bare_name(in_tmp, model):
+    (in_tmp / "run").mkdir()
+    (in_tmp / "run" / "open_clip_config.json").write_text(json.dumps(model.config))
+    (in_tmp / "run" / "open_clip_model.safetensors").touch()
+    assert resolve("run").open_clip_name == "local-dir:run"
+    assert architecture_of("run") == "run"
 
 
 def test_bigg_without_a_tag_gets_the_laion_weights_and_says_so():

@@ -41,6 +41,7 @@ from kdstore.evaluate.results import check_out, made_record, model_record, write
 from kdstore.jsonfile import digest_of
 from kdstore.metrics.vqa import VERSIONS, vqa_scores
 from kdstore.models.load import Model, load_model
+from kdstore.models.names import architecture_of
 from kdstore.progress import OnProgress, silent
 
 
@@ -86,7 +87,7 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
     task = _task(config, on_progress)
     models = {"model": model}
     if config.controls:
-        models["untrained"] = load_model(config.model, None, device=config.device, precision=config.precision, untrained=True, seed=config.seed)
+        models["untrained"] = load_model(architecture_of(config.model), device=config.device, precision=config.precision, untrained=True, seed=config.seed)
     rows = _scored_rows(config, task, models, on_progress)
     if config.controls:
         oracle = [best_answer(q, task.vocabulary, config.metric_version) for q in task.evaluated.questions]

@@ -73,7 +73,7 @@ def load_model(
     untrained: bool = False,
     seed: int = 0,
 ) -> Model:
-    """Load a model by name (see `names.resolve`); `untrained` draws random weights from `seed` instead.
+    """Load a model by name (see `names.resolve`); `untrained` draws random weights from `seed` instead, and then no weights may be named.
 
     Raises UnknownName and ModelError as `resolve` does, and ModelError where weights cannot be found or do not fit.
     """

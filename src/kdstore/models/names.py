@@ -19,7 +19,7 @@ DEMO_TEACHERS = Path(__file__).parents[1] / "demo" / "teachers"
 
 # The weights a paper most likely means by the bare architecture.
 DEFAULT_TAGS = {
-    "RN50": "openai",
+    "RN50-quickgelu": "openai",
     "ViT-B-32": "laion2b_s34b_b79k",
     "ViT-B-16": "datacomp_xl_s13b_b90k",
     "ViT-L-14": "datacomp_xl_s13b_b90k",
@@ -79,7 +79,7 @@ def demo_teachers() -> dict[str, Path]:
 def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False) -> ModelName:
     """Resolve a model's name; `untrained` asks for the architecture alone.
 
-    Raises UnknownName for an unknown architecture or tag, ModelError where a tag is needed, misplaced, or wants another activation.
+    Raises UnknownName for an unknown architecture or tag, ModelError where a tag is needed, misplaced (with `untrained` too), or wants another activation.
     """
     import open_clip
 
@@ -90,18 +90,20 @@ def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False
     if name.startswith("hf-hub:"):
         _refuse_tag(name, pretrained)
         return ModelName(name, name, None, _path_safe(name.removeprefix("hf-hub:")), label=name)
-    if name.startswith("local-dir:") or ("/" in name and (folder / "open_clip_config.json").is_file()):
+    if name.startswith("local-dir:") or (folder.is_dir() and name not in architectures()):
         _refuse_tag(name, pretrained)
-        _check_folder(folder, untrained)
+        _check_folder(folder, name, untrained)
         return ModelName(name, f"local-dir:{folder}", None, _path_safe(folder.resolve().name))
-    arch, _, tag = name.partition(":")
-    arch = arch.replace("/", "-")
+    typed, _, tag = name.partition(":")
+    arch = typed.replace("/", "-")
     if arch not in architectures():
         hint = "'kdstore list teachers' shows them all; a folder needs an open_clip_config.json."
-        raise UnknownName.of("model", arch, [*architectures(), *demo_teachers()], hint)
+        raise UnknownName.of("model", typed, [*architectures(), *demo_teachers()], hint)
+    chosen = pretrained or tag
+    if untrained and chosen:
+        raise ModelError(f"{typed} is to start untrained, but the weights {chosen} were named.", f"Write {typed} alone, or do without untrained weights.")
     if untrained:
         return ModelName(arch, arch, None, short_name(arch), label=f"{arch} (untrained)")
-    chosen = pretrained or tag
     notice = ""
     if not chosen:
         chosen = _default_tag(arch)
@@ -113,6 +115,11 @@ def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False
         raise UnknownName.of(f"tag or checkpoint file for {arch}", chosen, tags)
     _check_activation(arch, chosen)
     return ModelName(f"{arch}:{chosen}", arch, chosen, short_name(arch), f"{arch}:{chosen}", notice)
+
+
+def architecture_of(name: str) -> str:
+    """Return the name without its tag: what the untrained control of a model is called."""
+    return name if name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir() else name.partition(":")[0]
 
 
 def short_name(arch: str) -> str:
@@ -129,16 +136,18 @@ def _refuse_tag(name: str, pretrained: str | None) -> None:
         raise ModelError(f"{name} brings its own weights, but --pretrained {pretrained} was given.", "Leave --pretrained out.")
 
 
-def _check_folder(folder: Path, untrained: bool) -> None:
+def _check_folder(folder: Path, name: str, untrained: bool) -> None:
     config = folder / "open_clip_config.json"
+    if not config.is_file() and any((folder / part).is_file() for part in ("config.json", "checkpoint.pt")):
+        raise ModelError(f"{name} holds no model but an unfinished run.", "Finish it with kdstore distill --resume.")
     try:
         found = json.loads(config.read_text())
         if "model_cfg" not in found:
             raise ValueError("it has no 'model_cfg'")
     except (OSError, ValueError) as e:
-        raise ModelError(f"{folder} is not a model folder: cannot read {config.name} ({e}).", "Give a folder in open_clip's local-dir layout.") from e
+        raise ModelError(f"{name} is not a model folder: cannot read {config.name} ({e}).", "Give a folder in open_clip's local-dir layout.") from e
     if not untrained and not any(p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".npz") for p in folder.iterdir()):
-        raise ModelError(f"{folder} holds no weights (open_clip_model.safetensors).", "A run that has not ended has none: finish it with --resume.")
+        raise ModelError(f"{name} holds no weights (open_clip_model.safetensors).", "A run that has not ended has none: finish it with --resume.")
 
 
 def _default_tag(arch: str) -> str:
