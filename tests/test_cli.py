@@ -4,8 +4,10 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -69,6 +71,10 @@ def test_every_command_explains_itself(command, here):
 
 
 WRONG = {
+    "no such option": (["extract", "--teachr", "scenes-S"], "kdstore extract --help"),
+    "no such command": (["list", "teacher"], "kdstore list --help"),
+    "no command": (["store"], "kdstore store --help"),
+    "no teacher": (["extract", "--recipe", "units.toml"], "--teacher is needed"),
     "unknown teacher": (["extract", "--teacher", "ViT-bigG-15"], "ViT-bigG-14"),
     "unknown tag": (["extract", "--teacher", "ViT-B-32:laion2b_s34b"], "laion2b_s34b_b79k"),
     "other activation": (["extract", "--teacher", "ViT-H-14:dfn5b"], "ViT-H-14-quickgelu:dfn5b"),
@@ -100,6 +106,7 @@ def test_wrong_input_is_one_line_with_a_hint_and_leaves_nothing(case, store, tmp
     args, said = WRONG[case]
     (tmp_path / "rows.csv").write_text("path,title\na.png,x\n")
     (tmp_path / "table.toml").write_text("[distil]\nloss = 'clip'\n")
+    (tmp_path / "units.toml").write_text("[extract]\nunit_rows = 64\n")
     (tmp_path / "key.toml").write_text("[distill]\nbatchsize = 3\n")
     (tmp_path / "unfinished" / "_build").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
@@ -117,6 +124,24 @@ def test_a_real_process_exits_with_one_line_and_one(tmp_path):
     done = kdstore("distill", "--cache", "nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_ctrl_c_is_one_line_and_130_and_the_same_command_goes_on(tmp_path, here):
+    args = ["extract", "--teacher", "scenes-T", "--set", "untrained_seed=0", "--set", "batch=8", "--data", "scenes/val:400", "--unit-rows", "32"]
+    args += ["--out", str(tmp_path / "store"), "--device", "cpu"]
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {STARTER}"  # a test run in the background inherits 'ignore'
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *args], stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.rglob("image-*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert len([line for line in said.splitlines() if line.startswith("interrupted:")]) == 1
+    done = here(*args, "--json")
+    assert 0 < json.loads(done.stdout)["written_images"] < 400
 
 
 def test_results_are_json_on_stdout_and_progress_goes_to_stderr(store, here):

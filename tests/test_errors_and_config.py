@@ -58,6 +58,12 @@ def test_an_unknown_setting_gets_a_suggestion():
         make_config(Settings, {"ratee": 1})
 
 
+def test_a_setting_that_is_needed_is_named_as_an_option():
+    needing = dataclasses.make_dataclass("Needing", [("the_model", str), ("rows", int, 4)])
+    with pytest.raises(ConfigError, match="--the-model is needed"):
+        make_config(needing, {"rows": 1})
+
+
 def test_set_reads_toml_values_and_falls_back_to_text():
     assert parse_set(["a=1", "b=[1, 2]", "c=true", "d=some/path", "e = 1e-3"]) == {"a": 1, "b": [1, 2], "c": True, "d": "some/path", "e": 1e-3}
     with pytest.raises(ConfigError, match="no '='"):

@@ -19,21 +19,20 @@ import typer
 
 from kdstore import __version__
 from kdstore.config import make_config, parse_set, read_recipe
-from kdstore.errors import KdstoreError
+from kdstore.errors import Interrupted, KdstoreError
 from kdstore.progress import OnProgress
 
 C = TypeVar("C")
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Distil CLIP-style models from a store of precomputed teacher features.",
 )
-evaluate_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score a model: visual question answering, retrieval.")
-store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a feature store and check it.")
-list_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List what can be named.")
+evaluate_app = typer.Typer(rich_markup_mode=None, help="Score a model: visual question answering, retrieval.")
+store_app = typer.Typer(rich_markup_mode=None, help="Look at a feature store and check it.")
+list_app = typer.Typer(rich_markup_mode=None, help="List what can be named.")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(store_app, name="store")
 app.add_typer(list_app, name="list")
@@ -44,23 +43,40 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Data = Annotated[str | None, typer.Option(help="scenes[/SPLIT][:N], a folder with metadata, a table, or hf:ORG/NAME.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
-ModelOption = Annotated[str, typer.Option(help="A run folder, ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher.")]
+ModelOption = Annotated[str | None, typer.Option(help="A run folder, ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher.")]
 SECTIONS = {"extract", "distill", "vqa", "retrieval", "demo"}
+UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer Typers carry inside
+EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command line; the entry point of the `kdstore` script."""
     try:
-        app()
+        sys.exit(_run())
+    except Interrupted as e:
+        _say(f"interrupted: {e}")
+        sys.exit(EXIT_INTERRUPTED)
     except KdstoreError as e:
         _say(f"error: {e}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        _say("Interrupted; what was finished is kept. The same command goes on from there (distill: with --resume).")
-        sys.exit(130)
+    except UsageError as e:
+        _say(f"error: {e.format_message()} See {e.ctx.command_path if e.ctx else 'kdstore'} --help.")
+        sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _run() -> int | None:
+    """Run the command and return the code of its typer.Exit, if any; raises Interrupted for Ctrl-C, which Typers tell in three ways."""
+    try:
+        code: int | None = app(sys.argv[1:] or ["--help"], prog_name="kdstore", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:
+        raise Interrupted("Stopped; what was finished is kept.")
+    return code
 
 
 @app.callback(invoke_without_command=True)
@@ -72,7 +88,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def extract(
-    teacher: Annotated[str, typer.Option(help="ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher (scenes-S, scenes-L).")],
+    teacher: Annotated[str | None, typer.Option(help="ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher (scenes-S, scenes-L).")] = None,
     pretrained: Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")] = None,
     data: Data = None,
     out: Annotated[str | None, typer.Option(help="The store; default: store/<short name of the teacher>.")] = None,
@@ -127,7 +143,7 @@ def distill(
 
 @evaluate_app.command("vqa")
 def evaluate_vqa(
-    model: ModelOption,
+    model: ModelOption = None,
     pretrained: Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="See 'kdstore list vqa'.")] = None,
     folder: Annotated[str | None, typer.Option("--data-dir", help="Folder of the data set's files.")] = None,
@@ -156,7 +172,7 @@ def evaluate_vqa(
 
 @evaluate_app.command("retrieval")
 def evaluate_retrieval(
-    model: ModelOption,
+    model: ModelOption = None,
     pretrained: Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")] = None,
     data: Data = None,
     out: Annotated[str | None, typer.Option(help="Result file.")] = None,
@@ -313,13 +329,14 @@ def _bars() -> Iterator[OnProgress]:
     _quiet_libraries()
     _keep_freed_memory()
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    name, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
+    columns = (name, BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), note)
     tasks: dict[str, TaskID] = {}
     bars = Progress(*columns, console=console, refresh_per_second=4)
 
     def on_progress(stage: str, done: int, total: int, note: str = "") -> None:
-        if stage == "warning":
-            console.print(f"warning: {note}", style="yellow", soft_wrap=True)
+        if stage in ("warning", "notice"):
+            console.print(f"{stage}: {note}", style="yellow" if stage == "warning" else None, markup=False, highlight=False, soft_wrap=True)
             return
         bars.start()  # at the first report, so that an error before it is one line alone
         if stage not in tasks:

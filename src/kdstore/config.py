@@ -35,7 +35,7 @@ def read_recipe(path: Path | str | None, sections: set[str]) -> dict[str, dict[s
 
 
 def make_config(cls: type[C], *layers: dict[str, Any], where: str = "the options") -> C:
-    """Build `cls` from settings of rising precedence, leaving out None; checks names and types."""
+    """Build `cls` from settings of rising precedence, leaving out None; raises ConfigError for a wrong name or type, or a missing setting."""
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
@@ -45,6 +45,10 @@ def make_config(cls: type[C], *layers: dict[str, Any], where: str = "the options
                 raise UnknownName.of(f"setting in {where}", name, known)
             if value is not None:
                 values[name] = _typed(name, value, hints[name], where)
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]  # type: ignore[arg-type]
+    if needed:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in needed)
+        raise ConfigError(f"{options} is needed.", f"Give it as an option, or as '{needed[0]} = ...' in a recipe.")
     return cls(**values)
 
 

@@ -26,7 +26,7 @@ from kdstore.distill.losses import LOSSES, needs_of, parse_loss
 from kdstore.distill.optimiser import learning_rate, make_optimiser
 from kdstore.distill.runfolder import Log
 from kdstore.distill.train import DistillResult, distill
-from kdstore.errors import ConfigError, DiskFull, KdstoreError, MissingFeature, RunError, UnknownName
+from kdstore.errors import ConfigError, DiskFull, Interrupted, KdstoreError, MissingFeature, RunError, UnknownName
 from kdstore.jsonfile import read_json
 from kdstore.models.load import load_model
 from kdstore.store import open_store
@@ -128,7 +128,7 @@ def test_a_student_without_a_teacher_sees_the_same_batches(config: DistillConfig
 @pytest.mark.parametrize("stop", [1, 5, 6])
 def test_a_stopped_and_resumed_run_is_bit_equal_to_one_that_never_stopped(stop: int, config: DistillConfig, tmp_path: Path) -> None:
     whole = distill(dataclasses.replace(config, out=str(tmp_path / "whole")))
-    with pytest.raises(RunError, match=f"Stopped at step {stop} of {STEPS}") as stopped:
+    with pytest.raises(Interrupted, match=f"Stopped at step {stop} of {STEPS}") as stopped:
         distill(config, on_progress=stop_at(stop))
     assert "--resume" in stopped.value.hint
     result = distill(dataclasses.replace(config, resume=True, threads=1, memory_gib=0.0))

@@ -23,7 +23,7 @@ from kdstore.distill.config import DistillConfig
 from kdstore.distill.objective import Objective, positives
 from kdstore.distill.optimiser import MAX_LOG_SCALE, learning_rate, make_optimiser
 from kdstore.distill.runfolder import Log, save_checkpoint
-from kdstore.errors import RunError
+from kdstore.errors import Interrupted, RunError
 from kdstore.progress import OnProgress
 
 
@@ -106,7 +106,7 @@ class Training:
 
 
 def train(training: Training, make: Callable[[int], Batch], path: Path, settings_digest: str, on_progress: OnProgress) -> None:
-    """Take all remaining steps, logging and saving into the run folder; raises RunError for a loss that is not finite and, once saved, for Ctrl-C."""
+    """Take all remaining steps, logging and saving into the run folder; raises RunError for a loss that is not finite and, once saved, Interrupted."""
     t, config = training, training.config
     pending: list[tuple[int, float, Tensor]] = []
 
@@ -141,7 +141,7 @@ def train(training: Training, make: Callable[[int], Batch], path: Path, settings
             on_progress("distill", t.step, t.steps, _note(t))
             if interrupted() and t.step < t.steps:
                 save()
-                raise RunError(f"Stopped at step {t.step} of {t.steps}; {path} holds a checkpoint.", "Run the same command with --resume to go on.")
+                raise Interrupted(f"Stopped at step {t.step} of {t.steps}; {path} holds a checkpoint.")
             if t.step % config.save_every == 0 or t.step == t.steps:
                 save()
 
