@@ -16,6 +16,7 @@ from kdstore.data.sources import open_source
 from kdstore.errors import DiskFull, IdentityMismatch, KdstoreError, ModelError, SourceError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
+from kdstore.jsonfile import read_json
 from kdstore.models.encode import encode_image_tokens, encode_text, encode_text_tokens
 from kdstore.models.load import load_model
 from kdstore.store import Plan, open_store, verify_store
@@ -57,7 +58,11 @@ def test_an_undecodable_image_keeps_its_row_and_is_counted(tmp_path):
         Image.new("RGB", (70, 64), (50 * k, 9, 9)).save(tmp_path / f"{k}.png")
     (tmp_path / "2.png").write_text("no image")
     (tmp_path / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{k}.png,number {k}\n" for k in range(5)))
-    result = extract(config(tmp_path / "s", data=str(tmp_path), tokens="image"))
+    said = []
+    changes = {"data": str(tmp_path), "tokens": "image", "max_invalid": 0.2}
+    result = extract(config(tmp_path / "s", **changes), on_progress=lambda *report: said.append(report))
+    assert any(stage == "warning" and "1 of 5 images" in note for stage, _, _, note in said)
+    assert {("load", 1, 1), ("plan", 5, 5)} <= {report[:3] for report in said}
     store = open_store(tmp_path / "s")
     assert result.invalid_images == 1
     assert store.image_valid.tolist() == [True, True, False, True, True]
@@ -72,6 +77,18 @@ def test_too_many_undecodable_images_end_the_run(tmp_path):
     (tmp_path / "rows.csv").write_text("path,caption\n" + "".join(f"{k}.png,c {k}\n" for k in range(40)))
     with pytest.raises(SourceError, match="32 of the first 32 images"):
         extract(config(tmp_path / "s", data=str(tmp_path / "rows.csv")))
+
+
+@pytest.mark.parametrize(("bad", "max_invalid"), [(2, 0.2), (5, 1.0)])
+def test_a_small_source_is_refused_for_its_share_of_undecodable_images_and_for_having_no_other(tmp_path, bad, max_invalid):
+    for k in range(5):
+        Image.new("RGB", (70, 64)).save(tmp_path / f"{k}.png")
+    for k in range(bad):
+        (tmp_path / f"{k}.png").write_text("no image")
+    (tmp_path / "rows.csv").write_text("path,caption\n" + "".join(f"{k}.png,c {k}\n" for k in range(5)))
+    with pytest.raises(SourceError, match=f"{bad} of the first 5 images"):
+        extract(config(tmp_path / "s", data=str(tmp_path / "rows.csv"), max_invalid=max_invalid))
+    assert not (tmp_path / "s").exists()
 
 
 def test_another_teacher_or_other_data_is_refused_and_the_store_stays(tmp_path):
@@ -102,6 +119,9 @@ def test_a_killed_run_resumes_to_the_same_digest(tmp_path):
     result = extract(config(tmp_path / "killed", data="scenes/val:400", batch=8))
     assert result.digest == whole
     assert result.written_images < 400
+    run = read_json(tmp_path / "killed" / "run.json")
+    assert (run["images"], run["invalid_images"]) == (400, 0)
+    assert run["last_process"]["images"] == result.written_images
 
 
 def test_a_run_that_cannot_fit_is_refused_before_the_first_byte(tmp_path, monkeypatch):
@@ -130,6 +150,13 @@ def test_a_long_run_checks_the_teacher_first_and_warns_at_chance(tmp_path):
     assert {"load", "plan", "images", "texts"} <= {stage for stage, _ in said}
 
 
+def test_the_weights_that_a_bare_name_means_are_told_before_they_are_fetched(tmp_path):
+    said = []
+    with pytest.raises(ModelError, match="Cannot load MobileCLIP2-S0:dfndr2b"):  # there is no network
+        extract(config(tmp_path / "s", teacher="MobileCLIP2-S0", untrained_seed=None), on_progress=lambda *report: said.append(report))
+    assert said[0] == ("notice", 0, 0, "MobileCLIP2-S0 without a tag: using MobileCLIP2-S0:dfndr2b.")
+
+
 def test_the_fingerprint_is_that_of_the_source(tmp_path):
     extract(config(tmp_path / "s"))
     source = open_source("scenes/val:70")
@@ -137,7 +164,7 @@ def test_the_fingerprint_is_that_of_the_source(tmp_path):
     assert open_store(tmp_path / "s").identity["source"]["fingerprint"] == plan.fingerprint
 
 
-@pytest.mark.parametrize("change", [{"tokens": "images"}, {"dtype": "bf16"}, {"unit_rows": 0}, {"batch": 0}, {"max_invalid": 2.0}])
+@pytest.mark.parametrize("change", [{"tokens": "images"}, {"dtype": "bf16"}, {"unit_rows": 0}, {"unit_rows": 1000}, {"batch": 0}, {"max_invalid": 2.0}])
 def test_a_wrong_setting_is_refused_at_once(change):
     with pytest.raises(KdstoreError):
         config("s", **change)

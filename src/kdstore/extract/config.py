@@ -27,7 +27,7 @@ class ExtractConfig:
     batch: int = 64
     device: str = "auto"
     threads: int = 2  # decoding
-    max_invalid: float = 0.1  # share of undecodable images at which the run stops
+    max_invalid: float = 0.1  # share of undecodable images beyond which the run stops
 
     def __post_init__(self) -> None:
         for name, known in (("tokens", TOKENS), ("dtype", DTYPES), ("precision", ("fp32", "bf16", "fp16"))):
@@ -36,5 +36,8 @@ class ExtractConfig:
         for name in ("unit_rows", "batch", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
+        if self.unit_rows & (self.unit_rows - 1):
+            near = 1 << self.unit_rows.bit_length() - 1
+            raise ConfigError(f"unit_rows must be a power of two, so that units end with shards; found {self.unit_rows}.", f"Take {near} or {2 * near}.")
         if not 0 <= self.max_invalid <= 1:
             raise ConfigError(f"max_invalid is a share from 0 to 1, found {self.max_invalid}.", "Correct max_invalid.")

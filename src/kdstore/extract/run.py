@@ -29,8 +29,9 @@ from kdstore.extract.config import ExtractConfig
 from kdstore.metrics.retrieval import retrieval_recall
 from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, in_batches, token_shape
 from kdstore.models.load import Model, load_model
+from kdstore.models.names import resolve
 from kdstore.progress import OnProgress, silent
-from kdstore.store import ArraySpec, Attempt, Plan, StoreWriter, Unit, embedding_array, open_store, scalar_array, token_array
+from kdstore.store import ArraySpec, Attempt, Plan, StoreWriter, Unit, embedding_array, scalar_array, token_array
 
 CHECKED_PAIRS = 64  # pairs of the sanity check
 LONG_RUN = 512  # images from which the check is worth its time
@@ -64,9 +65,10 @@ class _Run:
     totals: dict[str, int]
     pool: ThreadPoolExecutor
     on_progress: OnProgress
+    earlier_images: int  # recorded before this process
+    invalid: int  # of those and of this process's
     images: int = 0
     texts: int = 0
-    invalid: int = 0
 
 
 def extract(config: ExtractConfig, *, source: Source | None = None, on_progress: OnProgress = silent) -> ExtractResult:
@@ -75,15 +77,20 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     Raises ModelError, SourceError, IdentityMismatch, StoreLocked, DiskFull; the store stays as the last recorded unit left it.
     """
     source = source or open_source(config.data)
-    on_progress("load", 0, 1, config.teacher)
     seed = config.untrained_seed
+    name = resolve(config.teacher, config.pretrained, untrained=seed is not None)
+    notices = [name.notice] if name.notice else []
+    if name.notice:
+        on_progress("notice", 0, 0, name.notice)  # before the weights are fetched
+    on_progress("load", 0, 1, config.teacher)
     model = load_model(config.teacher, config.pretrained, device=config.device, precision=config.precision, untrained=seed is not None, seed=seed or 0)
-    notices = [model.name.notice] if model.name.notice else []
-    out = Path(config.out or f"store/{model.name.short}")
+    on_progress("load", 1, 1, config.teacher)
+    out = Path(config.out or f"store/{name.short}")
     on_progress("plan", 0, len(source), source.spec)
     plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=config.unit_rows)
     if plan.num_texts == 0:
         raise SourceError(f"{source.spec} has no caption.", "Name the caption column, or give other data.")
+    on_progress("plan", len(source), len(source), source.spec)
     arrays = planned_arrays(config, model, plan)
     _check_space(out, plan, arrays)
     started = time.perf_counter()
@@ -95,19 +102,24 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
             on_progress("warning", 0, 0, check["warning"])
         with ThreadPoolExecutor(config.threads) as pool:
             totals = {side: sum(len(u) for u in pending if u.side == side) for side in ("image", "text")}
-            run = _Run(config, source, plan, model, {spec.name: spec.shape[1:] for spec in arrays}, totals, pool, on_progress)
+            earlier, valid = writer.recorded_images()
+            shapes = {spec.name: spec.shape[1:] for spec in arrays}
+            run = _Run(config, source, plan, model, shapes, totals, pool, on_progress, earlier_images=earlier, invalid=earlier - valid)
             for unit in pending:
                 with writer.attempt(unit) as attempt:
                     (_write_images if unit.side == "image" else _write_texts)(run, attempt, unit)
         seconds = time.perf_counter() - started
         digest = writer.finalise(_account(run, seconds, check, resumed=len(pending) < len(plan.units)))
+    if run.invalid:
+        notices.append(f"{run.invalid} of {plan.num_images} images cannot be decoded; their rows are NaN, and the store's index says why.")
+        on_progress("warning", 0, 0, notices[-1])
     return ExtractResult(
         path=str(out),
         digest=digest,
         teacher=model.identity["teacher"]["name"],
         images=plan.num_images,
         texts=plan.num_texts,
-        invalid_images=int((~open_store(out).image_valid).sum()),
+        invalid_images=run.invalid,
         written_images=run.images,
         seconds=round(seconds, 3),
         images_per_second=round(run.images / seconds, 2),
@@ -119,12 +131,16 @@ def _account(run: _Run, seconds: float, check: dict[str, Any] | None, *, resumed
     """Tell what run.json keeps beside the manifest."""
     return {
         "source": run.source.spec,
-        "seconds": round(seconds, 3),
-        "images": run.images,
-        "texts": run.texts,
-        "images_per_second": round(run.images / seconds, 2),
+        "images": run.plan.num_images,
+        "texts": run.plan.num_texts,
         "invalid_images": run.invalid,
-        "resumed": resumed,
+        "last_process": {
+            "resumed": resumed,
+            "seconds": round(seconds, 3),
+            "images": run.images,
+            "texts": run.texts,
+            "images_per_second": round(run.images / seconds, 2),
+        },
         "recall_check": check,
         "batch": run.config.batch,
         "device": str(run.model.device),
@@ -157,8 +173,8 @@ def store_identity(config: ExtractConfig, model: Model, plan: Plan) -> dict[str,
 
 
 def _write_images(run: _Run, attempt: Attempt, unit: Unit) -> None:
-    config, names = run.config, [name for name in run.shapes if name.startswith("image/")]
-    started, before = time.perf_counter(), run.images
+    names = [name for name in run.shapes if name.startswith("image/")]
+    started, before, reasons = time.perf_counter(), run.images, ["in an earlier unit"]
     for decoded in _batches_ahead(run, unit):
         pixels = [d for d, _ in decoded if d is not None]
         rows = [info for _, info in decoded]
@@ -172,14 +188,19 @@ def _write_images(run: _Run, attempt: Attempt, unit: Unit) -> None:
         attempt.index(rows)
         run.images += len(rows)
         run.invalid += int((~valid).sum())
-        if run.invalid > config.max_invalid * max(run.images, 100):
-            reason = next(info["reason"] for info in reversed(rows) if not info["valid"])
-            raise SourceError(
-                f"{run.invalid} of the first {run.images} images cannot be decoded (the last: {reason}).",
-                "Check the data, or allow more with --set max_invalid=SHARE.",
-            )
+        reasons = [info["reason"] for info in rows if not info["valid"]] or reasons
+        _refuse_bad_data(run, reasons)
         rate = (run.images - before) / (time.perf_counter() - started)
         run.on_progress("images", run.images, run.totals["image"], f"{rate:.0f} images/s" + (f", {run.invalid} invalid" if run.invalid else ""))
+
+
+def _refuse_bad_data(run: _Run, reasons: list[str]) -> None:
+    """Raise SourceError when too many images are undecodable: of 100 or more so far, of all at the end, or every one."""
+    seen = run.earlier_images + run.images
+    ended = seen == run.plan.num_images
+    if run.invalid > run.config.max_invalid * (seen if ended else max(seen, 100)) or (ended and run.invalid == seen):
+        found = f"{run.invalid} of the first {seen} images cannot be decoded (the last: {reasons[-1]})."
+        raise SourceError(found, "Check the data, or allow more with --set max_invalid=SHARE.")
 
 
 def _write_texts(run: _Run, attempt: Attempt, unit: Unit) -> None:
@@ -220,7 +241,10 @@ def _decode(source: Source, model: Model, row: int) -> _Decoded:
     except UndecodableImage as e:
         return None, {"sha256": e.sha256, "valid": 0, "reason": e.reason, "width": 0, "height": 0}
     info = {"sha256": loaded.sha256, "valid": 1, "reason": "", "width": loaded.width, "height": loaded.height}
-    return model.preprocess(loaded.image), info
+    try:
+        return model.preprocess(loaded.image), info
+    except Exception as e:  # what torchvision and Pillow raise for an image that they cannot resize
+        return None, {**info, "valid": 0, "reason": f"{type(e).__name__}: {e}".replace("\n", " ")[:200]}
 
 
 def _block(run: _Run, name: str, features: torch.Tensor | None, valid: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kdstore.errors import IdentityMismatch, IncompleteStore, StoreError, StoreLocked
 from kdstore.jsonfile import canonical_json, digest_of, disk_error, fsync_folder, read_json, write_bytes, write_json
@@ -197,6 +198,13 @@ class StoreWriter:
     def pending(self) -> tuple[Unit, ...]:
         """Return the units without a record, in order."""
         return () if self.complete else tuple(unit for unit in self.plan.units if not self._record_path(unit).is_file())
+
+    def recorded_images(self) -> tuple[int, int]:
+        """Count the images of the units that are recorded, and those of them that are valid."""
+        pending = set(self.pending())
+        units = [unit for unit in self.plan.units if unit.side == "image" and unit not in pending]
+        valid = [pq.read_table(self.path / index_path(unit), columns=["valid"])["valid"].to_numpy().sum() for unit in units]
+        return sum(len(unit) for unit in units), int(sum(valid))
 
     @contextlib.contextmanager
     def attempt(self, unit: Unit) -> Iterator[Attempt]:
