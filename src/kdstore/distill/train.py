@@ -59,8 +59,8 @@ def distill(config: DistillConfig, *, source: Source | None = None, targets: Tar
     `source` replaces the one that `data` names; `targets` replace the store's features, their rows numbered as the source's. A finished run of the same
     settings is left as it is and its result returned. Ctrl-C lets the step end and saves a checkpoint.
 
-    Raises ConfigError, MissingFeature, JoinError, SourceError and RunError before the first step; RunError for a loss that is not finite, and Interrupted for Ctrl-C with
-    the way to go on.
+    Raises ConfigError, MissingFeature, JoinError, SourceError and RunError before the first step; RunError for a loss that is not finite;
+    Interrupted for Ctrl-C, with the way to go on.
     """
     needs = needs_of(parse_loss(config.loss))
     if needs and config.cache is None and targets is None:
