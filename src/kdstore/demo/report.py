@@ -66,7 +66,7 @@ def write_report(path: Path, content: dict[str, Any]) -> Path:
         gains="".join(f"<li>{_gain(d)}</li>" for d in content["differences"]),
         bars=_figure(_plot_kinds(content), "VQA accuracy by question kind for every model, with the chance level of each kind"),
         recall=_figure(_plot_recall(content), "Recall of students and teachers"),
-        curves=_figure(_plot_curves(content), "Training loss over samples seen, one line per student"),
+        curves=_figure(_plot_curves(content), "Contrastive loss on the training pairs over samples seen, one line per student"),
         pictures="".join(_picture(i) for i in range(6)),
         stores="".join(f"<li>{html.escape(name)}: <code>{digest}</code></li>" for name, digest in content["stores"].items()),
         digest=content["config_digest"],
@@ -129,7 +129,7 @@ def _plot_curves(content: dict[str, Any]) -> Any:
     for group, curve in content["curves"].items():
         axes.plot([p["samples"] for p in curve], [p["loss"] for p in curve], label=group, linewidth=1.2)
     axes.set_xlabel("samples seen")
-    axes.set_ylabel("training loss")
+    axes.set_ylabel("contrastive loss")
     axes.set_yscale("log")
     axes.legend(fontsize=7, frameon=False)
     return axes

@@ -118,9 +118,9 @@ def store_path(config: DemoConfig, teacher: str) -> Path:
 
 
 def read_curve(run: Path) -> list[dict[str, float]]:
-    """Read (samples, loss) of a run's log."""
+    """Read (samples, loss) of a run's log: the contrast of images and captions where the loss has it, which runs of different losses share."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{"samples": row["samples"], "loss": round(row["loss"], 4)} for row in rows]
+    return [{"samples": row["samples"], "loss": round(row.get("clip", row["loss"]), 4)} for row in rows]
 
 
 def _distill_config(config: DemoConfig, teacher: str | None, seed: int, data: str) -> DistillConfig:
@@ -195,7 +195,7 @@ def _put_together(lines: list[_Evaluated]) -> list[dict[str, Any]]:
                 "spread": {name: round(half_width(values), 2) for name, values in scores.items()} if len(of_group) > 1 else {},
             }
         )
-    return table
+    return sorted(table, key=lambda line: ("student", "teacher", "control").index(line["kind"]))
 
 
 def _paired_differences(lines: list[_Evaluated], config: DemoConfig) -> list[dict[str, Any]]:
