@@ -144,7 +144,7 @@ def draw_training_scenes(size: int, side: int) -> tuple[np.ndarray, list[list[st
 
 
 def with_twins(dice: random.Random, pictures: np.ndarray, captions: list[str], rows: list[int], side: int) -> tuple[np.ndarray, list[str]]:
-    """Double a half batch by a twin of every scene, each pair under the full caption (or, where shorter, one that tells them apart)."""
+    """Double a half batch by a twin of every scene, all under the full caption; a scene that has no twin stands twice."""
     twins, names = [], []
     for k, i in enumerate(rows):
         scene = scenes.make_scene("train", i)

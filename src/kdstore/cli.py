@@ -354,9 +354,7 @@ def _quiet_libraries() -> None:
     """Keep other libraries' bars and retry messages off the screen; their errors become ours."""
     import logging
 
-    import datasets
-
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read at its import, which most commands do without
     for name in ("huggingface_hub", "datasets", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
