@@ -1,0 +1,145 @@
+"""The command line: parse, one library call, print. Stages are imported inside commands, so that `--help` needs none of them.
+
+Results go to stdout (text, or JSON with --json), progress and notices to stderr. An error of ours is one line and exit code 1;
+an interrupted run is exit code 130 and says how to go on. Anything else is a bug and stays a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from kdstore import __version__
+from kdstore.cli.evaluate import evaluate_app
+from kdstore.cli.lists import list_app
+from kdstore.cli.options import Data, Device, Json, Recipe, Seed, Settings, config_of
+from kdstore.cli.screen import bars, say, show
+from kdstore.cli.store import store_app
+from kdstore.errors import Interrupted, KdstoreError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Distil CLIP-style models from a store of precomputed teacher features.",
+)
+app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(store_app, name="store")
+app.add_typer(list_app, name="list")
+
+UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer Typers carry inside
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `kdstore` script."""
+    try:
+        sys.exit(_run())
+    except Interrupted as e:
+        say(f"interrupted: {e}")
+        sys.exit(EXIT_INTERRUPTED)
+    except KdstoreError as e:
+        say(f"error: {e}")
+        sys.exit(1)
+    except UsageError as e:
+        say(f"error: {e.format_message()} See {e.ctx.command_path if e.ctx else 'kdstore'} --help.")
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _run() -> int | None:
+    """Run the command and return the code of its typer.Exit, if any; raises Interrupted for Ctrl-C, which Typers tell in three ways."""
+    try:
+        code: int | None = app(sys.argv[1:] or ["--help"], prog_name="kdstore", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:
+        raise Interrupted("Stopped; what was finished is kept.")
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"kdstore {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def extract(
+    teacher: Annotated[str | None, typer.Option(help="ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher (scenes-S, scenes-L).")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")] = None,
+    data: Data = None,
+    out: Annotated[str | None, typer.Option(help="The store; default: store/<short name of the teacher>.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Token features to keep: none, image, text or both.")] = None,
+    unit_rows: Annotated[int | None, typer.Option(help="Rows that are written, and resumed, at once.")] = None,
+    device: Device = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Run a teacher once over the data and write its features to a store; run again to resume."""
+    from kdstore.extract.config import ExtractConfig
+
+    options = {"teacher": teacher, "pretrained": pretrained, "data": data, "out": out, "tokens": tokens, "unit_rows": unit_rows, "device": device}
+    config = config_of(ExtractConfig, "extract", recipe, settings, options)
+    if data is None and config.data == "scenes":
+        say("notice: no --data, so the built-in scenes are used.")
+    from kdstore.extract import run
+
+    with bars() as on_progress:
+        result = run.extract(config, on_progress=on_progress)
+    show(result, as_json)
+
+
+@app.command()
+def distill(
+    cache: Annotated[str | None, typer.Option(help="The store of the teacher's features; without one, the student learns alone.")] = None,
+    data: Data = None,
+    student: Annotated[str | None, typer.Option(help="An open_clip architecture, ViT-T-16 or scenes-T.")] = None,
+    loss: Annotated[str | None, typer.Option(help="See 'kdstore list losses'; sums like 'clip + 1*crd' too.")] = None,
+    out: Annotated[str | None, typer.Option(help="The run folder.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Image-caption pairs to see in all.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs in a batch.")] = None,
+    seed: Seed = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Go on with an unfinished run.")] = None,
+    device: Device = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Train a student against the cached features; the run folder is an open_clip model."""
+    from kdstore.distill.config import DistillConfig
+
+    options = {"cache": cache, "data": data, "student": student, "loss": loss, "out": out, "samples": samples, "batch_size": batch_size}
+    config = config_of(DistillConfig, "distill", recipe, settings, {**options, "seed": seed, "resume": resume, "device": device})
+    from kdstore.distill import train
+
+    with bars() as on_progress:
+        result = train.distill(config, on_progress=on_progress)
+    show(result, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[str | None, typer.Option(help="Folder of everything that the demo makes.")] = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline on the built-in scenes: extract, distil, fine-tune, score, one table and report.html."""
+    from kdstore.demo.config import DemoConfig
+
+    config = config_of(DemoConfig, "demo", recipe, settings, {"out": out})
+    from kdstore.demo import run
+    from kdstore.demo.report import table_as_markdown
+
+    with bars() as on_progress:
+        result = run.run_demo(config, on_progress=on_progress)
+    show(result.content, as_json, text=f"{table_as_markdown(result.content)}\nReport: {result.report}")

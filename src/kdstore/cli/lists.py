@@ -1,0 +1,61 @@
+"""`kdstore list ...`: what can be named."""
+
+from __future__ import annotations
+
+import typer
+
+from kdstore.cli.options import Json
+from kdstore.cli.screen import show
+
+list_app = typer.Typer(rich_markup_mode=None, help="List what can be named.")
+
+
+@list_app.command("teachers")
+def list_teachers(as_json: Json = False) -> None:
+    """List the demo teachers, and every open_clip architecture with its tags."""
+    import open_clip
+
+    from kdstore.models.names import DEFAULT_TAGS, architectures, demo_teachers
+
+    tags = {arch: open_clip.list_pretrained_tags_by_model(arch) for arch in architectures()}
+    lines = [f"{name} (built in)" for name in demo_teachers()]
+    lines += [f"{arch}: {', '.join(f'{t} (default)' if DEFAULT_TAGS.get(arch) == t else t for t in found)}" for arch, found in tags.items() if found]
+    show({"built_in": list(demo_teachers()), "tags": tags, "defaults": DEFAULT_TAGS}, as_json, text="\n".join(lines))
+
+
+@list_app.command("students")
+def list_students(as_json: Json = False) -> None:
+    """List the architectures that kdstore adds to open_clip's (any of which can be a student)."""
+    from kdstore.models.names import CONFIGS
+
+    names = sorted(p.stem for p in CONFIGS.glob("*.json"))
+    show({"students": names}, as_json, text="\n".join([*names, "... and every open_clip architecture ('kdstore list teachers')"]))
+
+
+@list_app.command("losses")
+def list_losses(as_json: Json = False) -> None:
+    """List the losses; weighted sums of them are losses too."""
+    from kdstore.distill.losses import describe_losses
+
+    show(describe_losses(), as_json)
+
+
+@list_app.command("sources")
+def list_sources(as_json: Json = False) -> None:
+    """List the kinds of data that --data takes."""
+    forms = {
+        "scenes[/SPLIT][:N]": "the built-in world; splits train, val, test, retrieval",
+        "FOLDER": "images with metadata.csv, .jsonl or .parquet (file_name, caption or captions)",
+        "FILE": "a .csv, .tsv, .json, .jsonl or .parquet table with image (path or bytes) and caption columns",
+        "hf:ORG/NAME[/CONFIG][:SPLIT]": "a dataset of the Hugging Face Hub",
+        "...?image=COLUMN&caption=COLUMN&key=COLUMN": "names the columns of any of these",
+    }
+    show(forms, as_json)
+
+
+@list_app.command("vqa")
+def list_vqa(as_json: Json = False) -> None:
+    """List the VQA data sets."""
+    from kdstore.evaluate.datasets import VQA_DATASETS
+
+    show({"datasets": list(VQA_DATASETS)}, as_json, text="\n".join(VQA_DATASETS))

@@ -1,0 +1,27 @@
+"""Options that several commands share, and how they become a stage's configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from kdstore.config import make_config, parse_set, read_recipe
+
+C = TypeVar("C")
+
+Recipe = Annotated[Path | None, typer.Option(help="TOML file with a table per stage.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as key=value.", metavar="KEY=VALUE")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Data = Annotated[str | None, typer.Option(help="scenes[/SPLIT][:N], a folder with metadata, a table, or hf:ORG/NAME.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
+ModelOption = Annotated[str | None, typer.Option(help="A run folder, ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher.")]
+SECTIONS = {"extract", "distill", "vqa", "retrieval", "demo"}
+
+
+def config_of(cls: type[C], section: str, recipe: Path | None, settings: list[str] | None, options: dict[str, Any]) -> C:
+    """Build a stage's configuration from recipe < --set < options."""
+    tables = read_recipe(recipe, SECTIONS)
+    return make_config(cls, tables.get(section, {}), parse_set(settings), options, where=f"[{section}]")
