@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdstore import cli
-from kdstore.cli import main
+from kdstore.cli import evaluate, main
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.models.load import load_model
@@ -183,7 +183,7 @@ def test_lists_name_what_can_be_named(here):
 
 def test_every_option_is_none_unless_given():
     """A default exists once, in the stage's dataclass."""
-    for command in (cli.extract, cli.distill, cli.evaluate_vqa, cli.evaluate_retrieval, cli.demo):
+    for command in (cli.extract, cli.distill, evaluate.evaluate_vqa, evaluate.evaluate_retrieval, cli.demo):
         for parameter in inspect.signature(command).parameters.values():
             assert parameter.default in (None, inspect.Parameter.empty) or parameter.name == "as_json", (command, parameter)
 
