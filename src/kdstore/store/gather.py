@@ -1,16 +1,14 @@
 """Gathering rows of one array straight from its shards.
 
-Small plain chunks (embeddings) are mapped and copied by address; big or compressed ones (tokens) are read with preadv, where a
-truncation is an error and not a crash. One table per array says where each inner chunk lies and, by being filled only after the
-chunk's crc32c agreed with the manifest's, which chunks have been checked: later epochs pay nothing.
-Chains that we do not decode are checked in the same way and then read by zarr-python.
+Small plain chunks (embeddings) are mapped and copied by address; big or compressed ones (tokens), and all of them where mapping is
+not safe, are read with preadv. One table per array says where each inner chunk lies and, by being filled only after the chunk's
+crc32c agreed with the manifest's, which chunks have been checked: later epochs pay nothing but a look at the last four bytes of
+each shard, after its rows were copied, which a file cut in the meantime no longer has.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import mmap
 import os
 import threading
 import weakref
@@ -21,24 +19,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from kdstore.errors import DamagedStore
-from kdstore.store.kernel import Int64, copy_rows
-from kdstore.store.layout import PLAIN, ZSTD, ArraySpec
+from kdstore.store.kernel import COPIED, UNKNOWN, Int64, copy_rows
+from kdstore.store.layout import BLOSC, PLAIN, ZSTD, ArraySpec
 from kdstore.store.manifest import RESTORE, Manifest
-from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, index_bytes, parse_index
+from kdstore.store.mapping import CAN_MAP, guard, map_file
+from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, decode_chunk_with_zarr, index_bytes, parse_index
 
 MAPPED_CHUNK_BYTES = 1 << 18  # larger chunks gain nothing from a mapping
 OPEN_SHARDS = 128
 THREAD_BYTES = 4 << 20  # a batch is split over threads when each gets at least this much; with less, waking them costs more than they save
+_NEVER = 1 << 32  # no four bytes are this seal
 
 T = TypeVar("T")
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.restype = ctypes.c_void_p
-_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class ArrayReader:
@@ -48,12 +42,11 @@ class ArrayReader:
         self._manifest = manifest
         self._spec = spec
         self._crcs = manifest.load(spec.checks_path, spec.num_chunks, "<u4")
-        if spec.codecs == PLAIN:
-            _check_declared_sizes(manifest, spec)
-        self._known = spec.codecs in (PLAIN, ZSTD)
-        self._mapped = spec.codecs == PLAIN and spec.chunk[0] * spec.row_bytes <= MAPPED_CHUNK_BYTES
+        self._mapped = CAN_MAP and spec.codecs == PLAIN and spec.chunk[0] * spec.row_bytes <= MAPPED_CHUNK_BYTES
         self._addresses = np.zeros(spec.num_chunks if self._mapped else 0, np.uint64)  # of mapped chunks; 0 = not yet checked
         self._checked = np.zeros(0 if self._mapped else spec.num_chunks, bool)
+        self._ends = np.zeros(spec.num_shards if self._mapped else 0, np.uint64)  # addresses of the last four bytes
+        self._seals = np.zeros(spec.num_shards, np.uint64)  # what these bytes must be
         self._indices: dict[int, Int64] = {}
         self._maps: dict[int, Bytes] = {}
         self._descriptors: OrderedDict[int, _Descriptor] = OrderedDict()
@@ -70,10 +63,8 @@ class ArrayReader:
         if self._mapped:
             self._check_mapped(chunks_B)
             assert self._copy_mapped(rows_B, views_B, out)
-        elif self._known:
-            self._read(chunks_B, rows_B % self._spec.chunk[0] * self._spec.row_bytes, _as_bytes(out))
         else:
-            self._read_with_zarr(rows_B, views_B, chunks_B, out)
+            self._read(chunks_B, rows_B % self._spec.chunk[0] * self._spec.row_bytes, _as_bytes(out))
         return out
 
     def _views(self, views: npt.ArrayLike | None, size: int) -> Int64:
@@ -92,14 +83,20 @@ class ArrayReader:
         return out
 
     def _copy_mapped(self, rows_B: Int64, views_B: Int64, out: npt.NDArray[Any]) -> bool:
-        """Copy all rows if all indices are in bounds and all their chunks were checked before."""
-        rows, views, chunk_rows = self._spec.shape[0], self._spec.views, self._spec.chunk[0]
+        """Copy all rows if all indices are in bounds and all their chunks were checked before; raises DamagedStore if a shard was cut."""
+        guard()
+        rows, views = self._spec.shape[0], self._spec.views
+        chunk_shift, shard_shift = self._spec.chunk[0].bit_length() - 1, self._spec.shard[0].bit_length() - 1
         target = _as_bytes(out)
 
-        def copy(start: int, stop: int) -> bool:
-            return copy_rows(rows_B[start:stop], views_B[start:stop], self._addresses, rows, views, chunk_rows, target[start:stop])
+        def copy(start: int, stop: int) -> int:
+            part = slice(start, stop)
+            return copy_rows(rows_B[part], views_B[part], self._addresses, self._ends, self._seals, rows, views, chunk_shift, shard_shift, target[part])
 
-        return all(_in_parts(copy, target))
+        results = _in_parts(copy, target)
+        if max(results) > COPIED:
+            raise self._cut(max(results))
+        return UNKNOWN not in results
 
     def _check_mapped(self, chunks_B: Int64) -> None:
         """Check the chunks that were not checked yet and enter their addresses."""
@@ -124,21 +121,19 @@ class ArrayReader:
                     out[i] = raw[begin : begin + out.shape[1]]
 
         _in_parts(read, out)
-
-    def _read_with_zarr(self, rows_B: Int64, views_B: Int64, chunks_B: Int64, out: npt.NDArray[Any]) -> None:
-        for chunk in np.unique(chunks_B[~self._checked[chunks_B]]).tolist():
-            self._checked_payload(chunk)
-            self._checked[chunk] = True
-        array = zarr.open_array(self._manifest.root / self._spec.name, mode="r")
-        if not self._spec.has_views:
-            out[...] = array.oindex[rows_B]
-            return
-        for view in np.unique(views_B).tolist():
-            out[views_B == view] = array.oindex[rows_B[views_B == view], view]
+        if self._spec.codecs == PLAIN:  # others were compared with their crc32c after they were read
+            for number in np.unique(chunks_B // self._spec.chunks_per_shard).tolist():
+                end = os.pread(self._descriptor(number).fd, CRC_BYTES, self._manifest.entry(self._spec.shard_path(number)).size - CRC_BYTES)
+                if len(end) < CRC_BYTES or int.from_bytes(end, "little") != self._seals[number]:
+                    raise self._cut(number)
 
     def _decoded(self, chunk: int) -> Bytes:
+        payload = self._checked_payload(chunk)
         try:
-            raw = decode_chunk(self._spec, self._checked_payload(chunk))
+            if self._spec.codecs in (PLAIN, ZSTD, BLOSC):
+                raw = decode_chunk(self._spec, payload)
+            else:
+                raw = decode_chunk_with_zarr(self._spec, self._manifest.content["arrays"][self._spec.name], payload)
         except ValueError as e:
             raise self._damaged(chunk, f"does not decode ({e})") from e
         self._checked[chunk] = True
@@ -168,18 +163,24 @@ class ArrayReader:
         return int(index[place, 0]), int(index[place, 1])
 
     def _open_shard(self, number: int) -> Int64:
-        """Read a shard's index, once, and map the shard if this array is mapped."""
+        """Read a shard's index, once, and map the shard if this array is mapped; raises DamagedStore."""
         with _opening:
             if number not in self._indices:
                 path = self._spec.shard_path(number)
-                size = self._manifest.entry(path).size
-                if size < index_bytes(self._spec):
-                    raise DamagedStore(f"{self._manifest.root / path} is shorter than a shard's index{self._manifest.entry(path).said()}.", RESTORE)
+                entry, where = self._manifest.entry(path), self._manifest.root / path
+                if self._spec.codecs == PLAIN and entry.size != self._spec.plain_shard_bytes(number):
+                    raise DamagedStore(
+                        f"{where} is listed with {entry.size} bytes, its shape needs {self._spec.plain_shard_bytes(number)}{entry.said()}.", RESTORE
+                    )
+                if entry.size < index_bytes(self._spec):
+                    raise DamagedStore(f"{where} is shorter than a shard's index{entry.said()}.", RESTORE)
                 with self._manifest.open(path) as fd:
-                    content = os.pread(fd, index_bytes(self._spec), size - index_bytes(self._spec))
-                    index = parse_index(self._spec, number, content, size, str(self._manifest.root / path))
+                    content = os.pread(fd, index_bytes(self._spec), entry.size - index_bytes(self._spec))
+                    index = parse_index(self._spec, number, content, entry.size, str(where))
+                    self._seals[number] = int.from_bytes(content[-CRC_BYTES:], "little")
                     if self._mapped:
-                        self._maps[number] = _map(self, fd, size)
+                        self._maps[number] = map_file(self, fd, entry.size)
+                        self._ends[number] = self._maps[number][-CRC_BYTES:].ctypes.data
                 self._indices[number] = index
             return self._indices[number]
 
@@ -209,6 +210,13 @@ class ArrayReader:
         stop = min(start + self._spec.chunk[0], self._spec.shape[0])
         return DamagedStore(f"{path}: the chunk of rows {start} to {stop} {what}.", RESTORE)
 
+    def _cut(self, number: int) -> DamagedStore:
+        """Say that a shard is not what it was when it was opened, now and for every later row of it."""
+        self._seals[number] = _NEVER
+        path = self._spec.shard_path(number)
+        start, stop = self._spec.shard_rows(number)
+        return DamagedStore(f"{self._manifest.root / path} was cut or replaced while it was read (rows {start} to {stop}).", RESTORE)
+
 
 class _Descriptor:
     """A file descriptor that is closed with its last reference."""
@@ -216,24 +224,6 @@ class _Descriptor:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         weakref.finalize(self, os.close, fd).atexit = False
-
-
-def _map(owner: ArrayReader, fd: int, size: int) -> Bytes:
-    """Map a file without keeping a descriptor (Python's mmap keeps one, and a store may have 8,192 shards); unmapped with `owner`."""
-    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), "cannot map a shard")
-    weakref.finalize(owner, _LIBC.munmap, address, size).atexit = False
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-
-
-def _check_declared_sizes(manifest: Manifest, spec: ArraySpec) -> None:
-    """Raise DamagedStore if the manifest's shard sizes are not those of the declared shape, before anything is allocated from it."""
-    for number in range(spec.num_shards):
-        path, expected = spec.shard_path(number), spec.plain_shard_bytes(number)
-        entry = manifest.entry(path)
-        if entry.size != expected:
-            raise DamagedStore(f"{manifest.root / path} is listed with {entry.size} bytes, its shape needs {expected}{entry.said()}.", RESTORE)
 
 
 def _integers(indices: npt.ArrayLike, what: str) -> Int64:

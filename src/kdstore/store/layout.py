@@ -36,6 +36,8 @@ _CODECS: dict[str, dict[str, Any]] = {
 }
 PLAIN = ("bytes", "crc32c")
 ZSTD = ("bytes", "zstd", "crc32c")
+BLOSC = ("bytes", "blosc", "crc32c")
+COMPRESSORS = ("zstd", "blosc", "gzip")
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class ArraySpec:
     def from_metadata(cls, name: str, metadata: dict[str, Any]) -> ArraySpec:
         """Read an array's `zarr.json`; raises StoreError for what format 1 does not allow.
 
-        Inner codecs other than bytes, zstd and crc32c are kept by name; the reader leaves those chains to zarr-python.
+        Allowed are the codecs of Zarr's core, with one compressor at most: only their decoded size is known before they are decoded.
         """
         try:
             (sharding,) = metadata["codecs"]
@@ -156,7 +158,7 @@ class ArraySpec:
                 and inner.get("index_location", "end") == "end"
                 and inner["index_codecs"] == [_LITTLE_BYTES, {"name": "crc32c"}]
                 and metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
-                and spec.codecs[-1:] == ("crc32c",)
+                and _is_core_chain([str(codec["name"]) for codec in inner["codecs"]])
                 and _is_row_layout(spec)
             )
         except (KeyError, TypeError, ValueError) as e:
@@ -212,6 +214,13 @@ def _codec_name(codec: dict[str, Any]) -> str:
     return name if name != "bytes" or codec.get("configuration", {"endian": "little"}) == {"endian": "little"} else json.dumps(codec, sort_keys=True)
 
 
+def _is_core_chain(names: list[str]) -> bool:
+    """Whether a chain is any `transpose`, `bytes`, a compressor or none, `crc32c`."""
+    while names[:1] == ["transpose"]:
+        names = names[1:]
+    return names[:1] == ["bytes"] and names[-1:] == ["crc32c"] and (len(names) == 2 or (len(names) == 3 and names[1] in COMPRESSORS))
+
+
 def _is_row_layout(spec: ArraySpec) -> bool:
     ranks_agree = len({len(spec.shape), len(spec.chunk), len(spec.shard), len(spec.dims)}) == 1 and len(spec.shape) >= 1
     whole = all(isinstance(n, int) and n >= (0 if i == 0 else 1) for i, n in enumerate(spec.shape)) and all(
@@ -221,4 +230,5 @@ def _is_row_layout(spec: ArraySpec) -> bool:
         return False
     in_chunk = (1, *spec.shape[2:]) if spec.has_views else spec.shape[1:]
     small = spec.chunk[0] * spec.row_bytes <= MAX_CHUNK_BYTES
-    return small and spec.chunk[1:] == in_chunk and spec.shard[1:] == spec.shape[1:] and spec.shard[0] % spec.chunk[0] == 0
+    rows = (spec.chunk[0], spec.shard[0])
+    return small and spec.chunk[1:] == in_chunk and spec.shard[1:] == spec.shape[1:] and rows[0] <= rows[1] and all(n & (n - 1) == 0 for n in rows)

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import zarr
+from numcodecs import blosc
 from numcodecs.zstd import Zstd
+from zarr.core.buffer import default_buffer_prototype
 
 from kdstore.errors import DamagedStore
 from kdstore.jsonfile import disk_error
@@ -170,15 +176,45 @@ def decode_chunk(spec: ArraySpec, payload: Bytes) -> Bytes:
     """Return the raw bytes of a checked chunk [chunk rows * row_bytes] from its encoded form without trailer; raises ValueError."""
     if spec.codecs == PLAIN:
         return payload
-    assert spec.codecs == ZSTD
+    _refuse_other_size(spec, payload)
     raw = np.empty(spec.chunk[0] * spec.row_bytes, np.uint8)
-    if zstd_content_size(payload) != len(raw):
-        raise ValueError(f"its zstd frame does not hold {len(raw)} bytes")
     try:
-        _ZSTD.decode(payload, out=raw)
+        (_ZSTD.decode if spec.codecs == ZSTD else blosc.decompress)(payload, raw)
     except RuntimeError as e:  # what numcodecs raises for a damaged frame
         raise ValueError(str(e)) from e
     return raw
+
+
+def decode_chunk_with_zarr(spec: ArraySpec, metadata: dict[str, Any], payload: Bytes) -> Bytes:
+    """Do as `decode_chunk` for the chains of `metadata` (a `zarr.json`) that it does not know.
+
+    zarr-python gets the checked bytes as the one chunk of an array in memory, so that it can neither read other bytes nor put fill in their place.
+    """
+    _refuse_other_size(spec, payload)
+    chunk = {"name": "regular", "configuration": {"chunk_shape": spec.chunk}}
+    codecs = metadata["codecs"][0]["configuration"]["codecs"][:-1]  # the trailer is off
+    described = json.dumps({**metadata, "shape": spec.chunk, "chunk_grid": chunk, "codecs": codecs}).encode()
+    contents = {"zarr.json": described, "/".join(["c", *("0" for _ in spec.chunk)]): payload.tobytes()}
+    try:
+        store = zarr.storage.MemoryStore({name: default_buffer_prototype().buffer.from_bytes(content) for name, content in contents.items()})
+        values = zarr.open_array(store, mode="r")[...]
+    except (ValueError, RuntimeError, OSError) as e:
+        raise ValueError(str(e)) from e
+    return np.ascontiguousarray(values, np.dtype(spec.dtype).newbyteorder("<")).reshape(-1).view(np.uint8)
+
+
+def _refuse_other_size(spec: ArraySpec, payload: Bytes) -> None:
+    """Raise ValueError unless a compressed chunk says that it holds a chunk's bytes, before anything is allocated for them."""
+    expected, compressor = spec.chunk[0] * spec.row_bytes, spec.codecs[-2]
+    found = len(payload)
+    if compressor == "zstd":
+        found = zstd_content_size(payload)
+    elif compressor == "blosc":
+        found = blosc_content_size(payload)
+    elif compressor == "gzip":
+        found = gzip_content_size(payload, expected)
+    if found != expected:
+        raise ValueError(f"its {compressor} frame does not hold {expected} bytes")
 
 
 def zstd_content_size(frame: Bytes) -> int:
@@ -189,6 +225,22 @@ def zstd_content_size(frame: Bytes) -> int:
     start = 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
     width = (single_segment, 2, 4, 8)[descriptor >> 6]
     return int.from_bytes(header[start : start + width], "little") + (256 if width == 2 else 0) if width else -1
+
+
+def blosc_content_size(frame: Bytes) -> int:
+    """Return the decoded size that a blosc header states, -1 if the frame is not as long as its header says (c-blosc, README_CHUNK_FORMAT)."""
+    decoded, _, encoded = np.frombuffer(frame[4:16].tobytes().ljust(12, b"\0"), "<u4").tolist()
+    return decoded if encoded == len(frame) else -1
+
+
+def gzip_content_size(stream: Bytes, limit: int) -> int:
+    """Return the decoded size of a gzip stream, found by decoding at most `limit` + 1 bytes (its trailer may lie); -1 if it does not end there."""
+    inflate = zlib.decompressobj(wbits=31)
+    try:
+        size = len(inflate.decompress(stream.tobytes(), limit + 1))
+    except zlib.error:
+        return -1
+    return size if inflate.eof and not inflate.unused_data else -1
 
 
 def crc32c(content: bytes | Bytes) -> int:

@@ -1,0 +1,155 @@
+"""A file cut while it is read is an error that names it: no signal, and no row of zeros. Real files, real processes."""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import mmap
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdstore.errors import DamagedStore
+from kdstore.store import Plan, StoreWriter, embedding_array, open_store
+from kdstore.store import gather as gathering
+
+ROWS, WIDTH = 256, 512
+VALUES = np.random.default_rng(0).integers(1, 1 << 14, (ROWS, 1, WIDTH)).astype(np.uint16).view(np.float16)  # no zeros, no NaN
+NAME, SHARD = "image/embedding", "image/embedding/c/1/0/0"  # shards of 128 rows, 33 pages each
+IN_SHARD = np.arange(128, 256)
+SIZE = 128 * WIDTH * 2 + 8 * (4 + 16) + 4
+
+InChild = Callable[[Callable[[], None]], int]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "store"
+    plan = Plan.freeze([(str(i), ()) for i in range(ROWS)], unit_rows=128)
+    with StoreWriter.open(path, plan=plan, arrays=[embedding_array(plan, "image", WIDTH)], identity={}) as writer:
+        for unit in writer.pending():
+            with writer.attempt(unit) as attempt:
+                attempt.append(NAME, VALUES[unit.start : unit.stop])
+                attempt.index([{"sha256": "", "valid": True, "reason": "", "width": 1, "height": 1}] * len(unit))
+        writer.finalise({})
+    return path
+
+
+@pytest.fixture
+def path(whole: Path, tmp_path: Path) -> Path:
+    copied = Path(shutil.copytree(whole, tmp_path / "store"))
+    assert (copied / SHARD).stat().st_size == SIZE
+    return copied
+
+
+def cut_and_grown(path: Path, size: int) -> None:
+    os.truncate(path, size)
+    os.truncate(path, SIZE)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 70_001, SIZE - 200, SIZE - 4])
+@pytest.mark.parametrize("cut", [os.truncate, cut_and_grown], ids=["cut", "cut and grown"])
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "read"])
+def test_a_shard_cut_between_two_gathers_is_an_error_for_its_rows_and_for_no_others(
+    path: Path, in_child: InChild, cut: Callable[[Path, int], None], size: int, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathering, "CAN_MAP", mapped and gathering.CAN_MAP)
+
+    def read() -> None:
+        store = open_store(path)
+        assert np.array_equal(store.gather(NAME, np.arange(ROWS)), VALUES[:, 0])
+        cut(path / SHARD, size)
+        for rows in (IN_SHARD, IN_SHARD[::-1], [0, 130], IN_SHARD):
+            with pytest.raises(DamagedStore, match=SHARD + r".*rows \d+ to"):
+                store.gather(NAME, rows)
+        assert np.array_equal(store.gather(NAME, np.arange(128)), VALUES[:128, 0])
+
+    assert in_child(read) == 0
+
+
+def test_a_shard_cut_after_it_was_mapped_and_before_its_first_touch_is_an_error(path: Path, in_child: InChild) -> None:
+    def read() -> None:
+        store = open_store(path)
+        store.gather(NAME, [128])
+        os.truncate(path / SHARD, 8192)
+        for rows in ([200], [128], IN_SHARD):
+            with pytest.raises(DamagedStore, match=SHARD):
+                store.gather(NAME, rows)
+
+    assert in_child(read) == 0
+
+
+def test_shards_cut_by_another_process_in_the_middle_of_gathers_are_errors(whole: Path, path: Path) -> None:
+    """Two threads read all rows again and again until one is told; the parent cuts at any moment, twenty times."""
+    rounds, content = 20, (whole / SHARD).read_bytes()
+    ready, told = os.pipe()
+    rng = random.Random(0)
+
+    def read_until_damaged(store_path: Path) -> None:
+        store, out = open_store(store_path), np.empty((ROWS, WIDTH), np.float16)
+        rows = np.random.default_rng(0).permutation(ROWS)
+        store.gather(NAME, rows)
+        os.write(told, b"r")
+        with pytest.raises(DamagedStore, match=SHARD):
+            all(np.array_equal(store.gather(NAME, rows, out=out), VALUES[rows, 0]) for _ in itertools.count())  # ends at a wrong row, too
+
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                for _ in range(rounds):
+                    (path / "new").write_bytes(content)
+                    os.replace(path / "new", path / SHARD)
+                    list(pool.map(read_until_damaged, [path, path]))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(told)
+    for _ in range(rounds):
+        if len(os.read(ready, 1) + os.read(ready, 1)) < 2:
+            break  # the child is dead
+        time.sleep(rng.random() * 5e-3)
+        os.truncate(path / SHARD, rng.randrange(SIZE - 200))
+    os.close(ready)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_worker_whose_signals_were_reset_reads_on_and_finds_the_cut(path: Path, in_child: InChild) -> None:
+    """As workers of PyTorch's loaders do with SIGBUS, in C, right after their fork."""
+    store = open_store(path)
+    store.gather(NAME, np.arange(ROWS))
+
+    def read() -> None:
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
+        os.truncate(path / SHARD, 0)
+        with pytest.raises(DamagedStore, match=SHARD):
+            store.gather(NAME, IN_SHARD)
+
+    assert in_child(read) == 0
+
+
+@pytest.mark.parametrize("sent", [True, False], ids=["sent by a process", "of a mapping of others"])
+def test_a_bus_error_that_is_not_ours_ends_the_process_as_before(path: Path, in_child: InChild, sent: bool) -> None:
+    def read() -> None:
+        with open(os.devnull, "w") as nowhere:
+            faulthandler.enable(nowhere)
+            open_store(path).gather(NAME, [0])
+            if sent:
+                os.kill(os.getpid(), signal.SIGBUS)
+            with open(path / "other", "w+b") as f:
+                f.write(b"x" * 100)
+                f.flush()
+                memory = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
+                os.truncate(f.fileno(), 0)
+                memory[0]
+
+    assert in_child(read) == -signal.SIGBUS
