@@ -134,7 +134,7 @@ def test_a_run_that_cannot_fit_is_refused_before_the_first_byte(tmp_path, monkey
 def test_values_beyond_float16_are_refused_and_float32_is_offered(tmp_path):
     model = load_model("scenes-T", untrained=True, device="cpu")
     with torch.no_grad():
-        model.clip.visual.proj.mul_(1e7)
+        model.clip.visual.attnpool.c_proj.weight.mul_(1e7)
     torch.save(model.clip.state_dict(), tmp_path / "large.pt")
     changes = {"pretrained": str(tmp_path / "large.pt"), "untrained_seed": None}
     with pytest.raises(ModelError, match="dtype=float32"):
