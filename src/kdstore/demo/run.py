@@ -232,7 +232,7 @@ def _under(on_progress: OnProgress, what: str) -> OnProgress:
     """Report a stage's steps as one line named `what`; short steps (loading, planning) are left out."""
 
     def report(stage: str, done: int, total: int, note: str = "") -> None:
-        if stage == "warning":
+        if stage in ("warning", "notice"):
             on_progress(stage, done, total, f"{what}: {note}")
         elif total > 1:
             on_progress(f"{what}: {stage}", done, total, note)

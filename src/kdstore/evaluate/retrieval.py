@@ -58,6 +58,8 @@ def evaluate_retrieval(config: RetrievalConfig, *, on_progress: OnProgress = sil
     started = time.perf_counter()
     source = open_source(config.data)
     model = load_model(config.model, config.pretrained, device=config.device, precision=config.precision)
+    if model.name.notice:
+        on_progress("notice", 0, 0, model.name.notice)
     pairs = _encode_pairs(model, source, config.encode_batch, on_progress)
     on_progress("recall", 0, 1, f"{len(pairs.image_ND)} images, {len(pairs.captions)} texts")
     recall = retrieval_recall(pairs.image_ND, pairs.text_MD, pairs.image_of_text_M)

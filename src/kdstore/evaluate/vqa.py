@@ -84,6 +84,8 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
     _check(config)
     started = time.perf_counter()
     model = load_model(config.model, config.pretrained, device=config.device, precision=config.precision)
+    if model.name.notice:
+        on_progress("notice", 0, 0, model.name.notice)
     task = _task(config, on_progress)
     models = {"model": model}
     if config.controls:
