@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from kdstore.data.source import Caption
-from kdstore.errors import DamagedStore, IncompleteStore, MissingFeature, StoreNotFound
+from kdstore.errors import DamagedStore, IncompleteStore, MissingFeature, StoreError, StoreNotFound
 from kdstore.jsonfile import write_json
 from kdstore.store import ArraySpec, Plan, Store, StoreWriter, open_store
 from kdstore.store import gather as gathering
@@ -164,8 +164,13 @@ def test_a_forked_process_goes_on_reading(store: Store, sample: Any, monkeypatch
         assert in_child(read) == 0
 
 
-def test_a_store_travels_to_another_process_as_its_path(store: Store, sample: Any) -> None:
-    assert pickle.loads(pickle.dumps(store)).digest == store.digest
+def test_a_store_travels_to_another_process_as_its_path_and_digest(store: Store, sample: Any, copied: Path) -> None:
+    pickled = pickle.dumps(open_store(copied))
+    assert pickle.loads(pickled).digest == store.digest
+    shutil.rmtree(copied)
+    sample.of_images(20).write(copied)
+    with pytest.raises(StoreError, match="another store took its place"):
+        pickle.loads(pickled)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert np.array_equal(pool.apply(store.gather, ("image/embedding", [3, 4])), sample.arrays["image/embedding"][[3, 4], 0])
 

@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from kdstore.errors import DamagedStore, IncompleteStore, StoreError, StoreNotFo
 from kdstore.jsonfile import digest_of, read_json
 from kdstore.store.layout import BUILD, FORMAT, MANIFEST
 
+_INSIDE = re.compile(r"(?!/)(?:(?:\A|/)(?!\.\.?(?:/|\Z))[^/\\\0]+)+")  # parts that are not empty, `.` or `..`; a manifest may list 50,000 paths
 RESTORE = "Restore this file or extract its rows again."
 
 
@@ -91,14 +93,19 @@ class Manifest:
         return content
 
     def load(self, path: str, length: int, dtype: str) -> npt.NDArray[Any]:
-        """Return the one-dimensional array of a listed .npy file, its sha256 compared; raises DamagedStore unless it is `length` numbers of `dtype`."""
+        """Return the array of a listed .npy file, read-only, its sha256 compared; raises DamagedStore if it is not `length` numbers of `dtype`."""
+        content = self.read(path)
+        stream = io.BytesIO(content)
         try:
-            array = np.load(io.BytesIO(self.read(path)), allow_pickle=False)
-        except (ValueError, EOFError) as e:
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError("not of version 1.0")
+            shape, _, found = np.lib.format.read_array_header_1_0(stream)
+            array = np.frombuffer(content, found, offset=stream.tell())
+        except ValueError as e:
             raise DamagedStore(f"{self.root / path} is not a NumPy file ({e}).", RESTORE) from e
-        if array.shape != (length,) or array.dtype != np.dtype(dtype):
-            raise DamagedStore(f"{self.root / path} holds {array.shape} {array.dtype}, expected {length} {np.dtype(dtype)}.", RESTORE)
-        return np.asarray(array)
+        if shape != (length,) or array.shape != shape or found != np.dtype(dtype):
+            raise DamagedStore(f"{self.root / path} holds {shape} {found}, expected {length} {np.dtype(dtype)}.", RESTORE)
+        return array
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -122,8 +129,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def _checked_path(name: str) -> str:
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or path.as_posix() != name or "\\" in name or "\0" in name or name == MANIFEST:
+    if not _INSIDE.fullmatch(name) or name == MANIFEST:
         raise ValueError(f"{name!r} is not a path inside a store")
     return name
 

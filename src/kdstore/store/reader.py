@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdstore.errors import DamagedStore, MissingFeature
+from kdstore.errors import DamagedStore, MissingFeature, StoreError
 from kdstore.store.gather import ArrayReader
 from kdstore.store.layout import OFFSETS, ArraySpec
 from kdstore.store.manifest import RESTORE, Manifest, read_manifest
@@ -25,7 +25,7 @@ from kdstore.store.plan import Side
 
 
 class Store:
-    """A complete store, open for reading; safe across threads and forks, pickled as its path."""
+    """A complete store, open for reading; safe across threads and forks, pickled as its path and digest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.path = manifest.root
@@ -35,7 +35,7 @@ class Store:
         self._readers: dict[str, ArrayReader] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_store, (self.path,)
+        return _open_again, (self.path.absolute(), self.digest)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -138,6 +138,14 @@ class Store:
 def open_store(path: str | Path) -> Store:
     """Open a complete store; raises StoreNotFound, IncompleteStore, DamagedStore."""
     return Store(read_manifest(Path(path)))
+
+
+def _open_again(path: Path, digest: str) -> Store:
+    """Open in another process the store that was pickled; raises StoreError if the path holds another one by now."""
+    store = open_store(path)
+    if store.digest != digest:
+        raise StoreError(f"{path} has the digest {store.digest}, expected {digest}: another store took its place.", "Start again with the store that is there.")
+    return store
 
 
 def _spec(manifest: Manifest, name: str) -> ArraySpec:
