@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +18,15 @@ from PIL import Image
 
 from kdstore.data.scenes import Scenes
 from kdstore.data.source import Caption, LoadedImage, Source, UndecodableImage
-from kdstore.distill.batches import BatchPlan, Maker, draw, permutation, read_ahead
+from kdstore.distill.batches import BatchPlan, Maker
 from kdstore.distill.pairs import Pairs, pairs_of_source, pairs_of_store
 from kdstore.distill.targets import StoreTargets
 from kdstore.distill.views import Kept, split_preprocess
 from kdstore.errors import ConfigError, JoinError, MissingFeature, SourceError
 from kdstore.models.load import Model
 from kdstore.store import open_store
+from kdstore.store.ahead import read_ahead
+from kdstore.store.order import permutation
 
 sizes = st.integers(1, 60).flatmap(lambda b: st.tuples(st.integers(b, 300), st.just(b)))
 
@@ -49,23 +50,6 @@ def test_a_batch_depends_on_seed_and_step_alone(size: tuple[int, int], seed: int
     forwards = {step: BatchPlan(*size, seed).batch(step).tolist() for step in steps}
     permutation.cache_clear()
     assert {step: BatchPlan(*size, seed).batch(step).tolist() for step in reversed(steps)} == forwards
-
-
-def test_epochs_and_seeds_have_their_own_order() -> None:
-    orders = [permutation(100, seed, epoch).tolist() for seed in range(3) for epoch in range(3)]
-    assert len({tuple(order) for order in orders}) == 9
-    assert all(sorted(order) == list(range(100)) for order in orders)
-
-
-def test_the_order_is_the_same_on_every_machine_and_version() -> None:
-    assert permutation(8, 0, 0).tolist() == [2, 1, 5, 6, 3, 4, 0, 7]  # by SplitMix64 in whole numbers of Python
-    assert draw(1, 2, 3, np.arange(2)).tolist() == [1321962074176129191, 11997311547471286909]
-
-
-def test_positions_in_the_order_are_uniform() -> None:
-    places = np.array([np.argsort(permutation(10, 5, epoch))[0] for epoch in range(4000)])
-    counts = np.bincount(places, minlength=10)
-    assert ((counts - 400) ** 2 / 400).sum() < 33  # chi-square, 9 degrees of freedom: p = 0.0001
 
 
 def test_too_few_pairs_for_a_batch_are_an_error_that_says_how_many_there_are() -> None:
@@ -189,40 +173,6 @@ def test_a_store_that_lacks_what_the_loss_needs_is_refused(make_store: Callable[
         StoreTargets(open_store(make_store(sides=("image",))), ("image/embedding", "text/embedding"))
     with pytest.raises(MissingFeature, match="logit scale"):
         StoreTargets(open_store(make_store(logit_scale=None)), ("image/embedding", "text/embedding", "logit_scale"))
-
-
-# Reading ahead
-
-
-@given(st.integers(0, 30), st.integers(1, 6))
-def test_reading_ahead_keeps_the_order_of_the_steps(steps: int, threads: int) -> None:
-    assert list(read_ahead(lambda step: step, range(5, 5 + steps), threads)) == list(range(5, 5 + steps))  # type: ignore[arg-type, return-value]
-
-
-def test_reading_ahead_is_bounded_and_ends_with_its_threads() -> None:
-    made: list[int] = []
-
-    def make(step: int) -> int:
-        made.append(step)
-        return step
-
-    batches = read_ahead(make, range(1000), 2)  # type: ignore[arg-type]
-    assert next(batches) == 0  # type: ignore[comparison-overlap]
-    batches.close()
-    assert len(made) <= 6
-    assert not any(t.name.startswith("batch") for t in threading.enumerate())
-
-
-def test_an_error_while_reading_ahead_comes_at_its_step() -> None:
-    def make(step: int) -> int:
-        if step == 3:
-            raise SourceError("bad row")
-        return step
-
-    batches = read_ahead(make, range(9), 2)  # type: ignore[arg-type]
-    assert [next(batches) for _ in range(3)] == [0, 1, 2]  # type: ignore[comparison-overlap]
-    with pytest.raises(SourceError):
-        next(batches)
 
 
 # Views

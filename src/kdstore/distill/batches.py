@@ -1,18 +1,14 @@
-"""The plan of batches and the threads that prepare them ahead of the training step.
+"""The plan of batches and the making of one.
 
-What a step trains on is a pure function of (seed, step): a permutation of the pairs per epoch, and one caption per (seed, epoch, pair), drawn by a
-counter-based hash. So batches depend neither on the number of threads nor on the version of NumPy, and a run resumes at any step. The short last batch of an
+What a step trains on is a pure function of (seed, step): the store's order of the pairs per epoch, and one caption per (seed, epoch, pair), drawn by the same
+hash. So batches depend neither on the number of threads nor on the version of NumPy, and a run resumes at any step. The short last batch of an
 epoch is dropped, because contrastive terms would change their meaning in it.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import threading
-from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,8 +21,7 @@ from kdstore.distill.pairs import Pairs, Rows
 from kdstore.distill.targets import Targets
 from kdstore.distill.views import Kept, Pixels
 from kdstore.errors import ConfigError, JoinError, SourceError
-
-ORDER, CAPTION = 1, 2  # what a hash is drawn for
+from kdstore.store.order import CAPTION, Order, draw
 
 
 @dataclass(frozen=True)
@@ -58,28 +53,7 @@ class BatchPlan:
     def batch(self, step: int) -> Rows:
         """Return the pairs [B] of a step."""
         start = step % self.steps_per_epoch * self.batch_size
-        return permutation(self.num_pairs, self.seed, self.epoch(step))[start : start + self.batch_size]
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(num_pairs: int, seed: int, epoch: int) -> Rows:
-    """Return the order [P] of all pairs in an epoch."""
-    return np.argsort(draw(seed, epoch, ORDER, np.arange(num_pairs)), kind="stable")
-
-
-def draw(seed: int, epoch: int, purpose: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """Return one uniform 64-bit number per row: SplitMix64's finaliser (Steele et al. 2014) applied to each part in turn."""
-    state = np.zeros(1, np.uint64)
-    for part in (seed, epoch, purpose, rows):
-        state = _mix(state ^ np.atleast_1d(part).astype(np.uint64))
-    return state
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+        return Order(self.num_pairs, self.seed).rows(self.epoch(step), np.arange(start, start + self.batch_size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,18 +133,3 @@ class Maker:
     def _tokens(self, caption_ids: list[int]) -> list[npt.NDArray[np.int32]]:
         with self.one_tokenizer:
             return list(self.tokenizer([self.pairs.captions[i].as_py() for i in caption_ids]).to(torch.int32).numpy())
-
-
-def read_ahead(make: Callable[[int], Batch], steps: range, threads: int) -> Generator[Batch, None, None]:
-    """Yield the batches of `steps` in order, each made by one of `threads` threads, at most twice as many ahead."""
-    waiting: deque[Future[Batch]] = deque()
-    remaining = iter(steps)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="batch")
-    try:
-        waiting.extend(pool.submit(make, step) for step in itertools.islice(remaining, 2 * threads))
-        while waiting:
-            batch = waiting.popleft().result()
-            waiting.extend(pool.submit(make, step) for step in itertools.islice(remaining, 1))
-            yield batch
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

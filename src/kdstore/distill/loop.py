@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdstore.distill.batches import Batch, read_ahead
+from kdstore.distill.batches import Batch
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.objective import Objective, positives
 from kdstore.distill.optimiser import MAX_LOG_SCALE, learning_rate, make_optimiser
 from kdstore.distill.runfolder import Log, save_checkpoint
 from kdstore.errors import Interrupted, RunError
 from kdstore.progress import OnProgress
+from kdstore.store.ahead import read_ahead
 
 
 @dataclass(eq=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from kdstore.store.ahead import gather_ahead
 from kdstore.store.join import Join, join_sources
 from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array
+from kdstore.store.order import Batches, Order
 from kdstore.store.plan import Plan, Unit, fingerprint_of
 from kdstore.store.reader import Store, open_store
+from kdstore.store.rows import Rows
 from kdstore.store.stats import store_stats
 from kdstore.store.verify import Damage, VerifyReport, verify_store
 from kdstore.store.writer import Attempt, StoreWriter
@@ -13,15 +16,19 @@ from kdstore.store.writer import Attempt, StoreWriter
 __all__ = [
     "ArraySpec",
     "Attempt",
+    "Batches",
     "Damage",
     "Join",
+    "Order",
     "Plan",
+    "Rows",
     "Store",
     "StoreWriter",
     "Unit",
     "VerifyReport",
     "embedding_array",
     "fingerprint_of",
+    "gather_ahead",
     "join_sources",
     "open_store",
     "scalar_array",

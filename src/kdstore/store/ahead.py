@@ -1,0 +1,68 @@
+"""Reading the coming batches while the caller works on this one.
+
+Threads suffice: a gather spends its time in copies, reads and checksums that release the GIL, and many reads at once are what a cold disk wants. A sampler
+knows its batches, so nothing is guessed, and memory is bounded by buffers that take turns: what a batch lies in is written again once the next is asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kdstore.store.reader import Store
+
+Made = TypeVar("Made")
+Item = TypeVar("Item")
+Arrays = dict[str, npt.NDArray[Any]]
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
+
+
+def read_ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int, depth: int | None = None) -> Generator[Made, None, None]:
+    """Yield `make(item)` for all items in order, each made by one of `threads` threads, at most `depth` (twice the threads) ahead of the one yielded.
+
+    What `make` raises is raised in its turn. Closing the generator, or an exception while it waits, ends the threads after the items they are at.
+    """
+    waiting: deque[Future[Made]] = deque()
+    remaining = iter(items)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ahead")
+    try:
+        waiting.extend(pool.submit(make, item) for item in itertools.islice(remaining, 2 * threads if depth is None else depth))
+        while waiting:
+            made = waiting.popleft().result()
+            waiting.extend(pool.submit(make, item) for item in itertools.islice(remaining, 1))
+            yield made
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def gather_ahead(
+    store: Store, requests: Iterable[Mapping[str, npt.ArrayLike]], *, threads: int = 2, depth: int = 4, allocate: Allocate = np.empty
+) -> Generator[Arrays, None, None]:
+    """Yield {array: its rows [B, ...]} for requests {array: rows [B]}, in their order, gathered by `threads` threads at most `depth` requests ahead.
+
+    The arrays of a request are valid until the next is asked for: they lie in depth + 1 sets of buffers, made by `allocate(shape, dtype)` (of pinned memory,
+    say), which grow to the largest batch. Raises what `Store.gather` raises, at the request that caused it.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, found {depth}")
+    buffers: list[Arrays] = [{} for _ in range(depth + 1)]
+
+    def gather(numbered: tuple[int, Mapping[str, npt.ArrayLike]]) -> Arrays:
+        number, request = numbered
+        return {name: _gather_into(store, name, np.asarray(rows), buffers[number % len(buffers)], allocate) for name, rows in request.items()}
+
+    return read_ahead(gather, enumerate(requests), threads, depth)
+
+
+def _gather_into(store: Store, name: str, rows_B: npt.NDArray[Any], buffers: Arrays, allocate: Allocate) -> npt.NDArray[Any]:
+    store.require(name)
+    spec = store.arrays[name]
+    if name not in buffers or len(buffers[name]) < len(rows_B):
+        buffers[name] = allocate((len(rows_B), *spec.row_shape), np.dtype(spec.dtype).newbyteorder("<"))
+    return store.gather(name, rows_B, out=buffers[name][: len(rows_B)])
