@@ -21,7 +21,7 @@ import numpy.typing as npt
 import zarr
 from numcodecs import blosc
 from numcodecs.zstd import Zstd
-from zarr.core.buffer import default_buffer_prototype
+from zarr.buffer import default_buffer_prototype
 
 from kdstore.errors import DamagedStore
 from kdstore.jsonfile import disk_error
