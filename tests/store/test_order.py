@@ -45,8 +45,9 @@ def test_an_epoch_holds_every_row_once_and_every_window_whole_blocks(order: Orde
     assert sorted(rows.tolist()) == list(range(order.num_rows))
     windows = order.window_of(epoch, np.arange(order.num_rows))
     assert (np.diff(windows) >= 0).all()
-    for window in range(windows[-1] + 2):
-        assert sorted(rows[windows == window].tolist()) == sorted(order.window_rows(epoch, window).tolist())
+    for window in range(windows[-1] + 1):
+        places = np.flatnonzero(windows == window)
+        assert sorted(rows[places].tolist()) == sorted(order.read_rows(epoch, places).tolist())
         assert (windows == window).sum() <= order.window
     if order.window < order.num_rows:
         assert all(len(set(windows[rows // order.block == block].tolist())) == 1 for block in set((rows // order.block).tolist()))
@@ -135,7 +136,7 @@ def test_pairs_meet_as_often_as_the_formula_says() -> None:
 def test_rows_move_by_a_third_of_the_window_from_where_their_block_came_in() -> None:
     order, moved = Order(960, 3, 8, 240), []
     for epoch in range(40):
-        came = np.concatenate([order.window_rows(epoch, window) for window in range(4)])
+        came = order.read_rows(epoch, np.arange(960))
         moved.append(np.abs(np.argsort(came) - np.argsort(order.rows(epoch, np.arange(960)))).mean())
     assert np.mean(moved) == pytest.approx((240 - 1 / 240) / 3, rel=0.02)
 
@@ -143,6 +144,14 @@ def test_rows_move_by_a_third_of_the_window_from_where_their_block_came_in() -> 
 def test_a_window_that_holds_no_block_is_refused() -> None:
     with pytest.raises(ConfigError, match="holds no block of 16 rows"):
         Order(100, 0, block=16, window=15)
+
+
+def test_a_window_is_given_in_bytes_of_an_array(pristine: Path) -> None:
+    spec = open_store(pristine).arrays["image/embedding"]  # 2 views of 6 float16, shards of 16 rows
+    assert Order.windowed(spec, 3, 1000) == Order(45, 3, 16, 41)
+    assert Order.windowed(spec, 3, 100, block=4) == Order(45, 3, 4, 4)
+    with pytest.raises(ConfigError, match="holds no block"):
+        Order.windowed(spec, 3, 100)
 
 
 # Ranks, loading processes, and resuming
@@ -159,6 +168,15 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks_and_resume_at_any_s
         assert [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)] == list(Batches(order, batch, steps=7))[first:]
     per_epoch = rows // batch
     assert all(not a & b for a, b in itertools.combinations(whole[:per_epoch], 2))
+
+
+@given(orders, st.integers(1, 9), st.integers(0, 30))
+def test_what_is_announced_covers_what_is_read_and_comes_no_later(order: Order, batch: int, first: int) -> None:
+    batches = Batches(order, min(batch, order.num_rows), steps=first + 40, first=first)
+    announced: Counter[int] = Counter()
+    for rows, coming in zip(batches, batches.coming(2), strict=True):
+        announced.update(coming)
+        assert all(announced[row] > 0 for row in rows)
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused() -> None:
@@ -193,6 +211,15 @@ def test_reading_ahead_gives_the_same_batches_as_a_loader(pristine: Path, sample
     ahead = gather_ahead(open_store(pristine), ({"image/tokens": rows} for rows in batches))
     for rows, arrays in zip(batches, ahead, strict=True):
         np.testing.assert_array_equal(arrays["image/tokens"], sample.arrays["image/tokens"][rows, 0])
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_announced_rows_change_nothing(pristine: Path, sample: Sample, window: int | None) -> None:
+    batches, store = Batches(Order(45, 9, 4, window), 8, steps=11), open_store(pristine)
+    for name in ("image/embedding", "text/embedding", "image/tokens"):
+        ahead = gather_ahead(store, ({name: rows} for rows in batches), coming=({name: rows} for rows in batches.coming()))
+        for rows, arrays in zip(batches, ahead, strict=True):
+            np.testing.assert_array_equal(arrays[name], store.gather(name, rows))
 
 
 def test_rows_are_a_dataset_of_single_rows_too(pristine: Path, sample: Sample) -> None:

@@ -2,23 +2,29 @@
 
 Threads suffice: a gather spends its time in copies, reads and checksums that release the GIL, and many reads at once are what a cold disk wants. A sampler
 knows its batches, so nothing is guessed, and memory is bounded by buffers that take turns: what a batch lies in is written again once the next is asked for.
+Where the disk is the limit, the kernel is told what comes (`will_need`), so that it reads without anyone waiting; of no use for what is in memory already.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from kdstore.errors import DamagedStore
 from kdstore.store.reader import Store
+from kdstore.store.shard import index_bytes
 
 Made = TypeVar("Made")
 Item = TypeVar("Item")
+Request = Mapping[str, npt.ArrayLike]
 Arrays = dict[str, npt.NDArray[Any]]
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
 
@@ -42,22 +48,45 @@ def read_ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int
 
 
 def gather_ahead(
-    store: Store, requests: Iterable[Mapping[str, npt.ArrayLike]], *, threads: int = 2, depth: int = 4, allocate: Allocate = np.empty
+    store: Store, requests: Iterable[Request], *, threads: int = 2, depth: int = 4, allocate: Allocate = np.empty, coming: Iterable[Request] = ()
 ) -> Generator[Arrays, None, None]:
     """Yield {array: its rows [B, ...]} for requests {array: rows [B]}, in their order, gathered by `threads` threads at most `depth` requests ahead.
 
     The arrays of a request are valid until the next is asked for: they lie in depth + 1 sets of buffers, made by `allocate(shape, dtype)` (of pinned memory,
-    say), which grow to the largest batch. Raises what `Store.gather` raises, at the request that caused it.
+    say), which grow to the largest batch. With the n-th request the rows of the n-th of `coming` are announced to the kernel (see `Batches.coming`).
+    Raises what `Store.gather` raises, at the request that caused it.
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, found {depth}")
     buffers: list[Arrays] = [{} for _ in range(depth + 1)]
 
-    def gather(numbered: tuple[int, Mapping[str, npt.ArrayLike]]) -> Arrays:
-        number, request = numbered
+    def gather(item: tuple[int, Request, Request]) -> Arrays:
+        number, request, soon = item
+        for name, rows in soon.items():
+            will_need(store, name, rows)
         return {name: _gather_into(store, name, np.asarray(rows), buffers[number % len(buffers)], allocate) for name, rows in request.items()}
 
-    return read_ahead(gather, enumerate(requests), threads, depth)
+    nothing: Iterator[Request] = itertools.repeat({})
+    return read_ahead(gather, zip(itertools.count(), requests, itertools.chain(coming, nothing), strict=False), threads, depth)
+
+
+def will_need(store: Store, name: str, rows: npt.ArrayLike) -> None:
+    """Announce the chunks of rows (of the plain view) to the kernel.
+
+    A hint only: damage is left to the gather, and the place of compressed chunks is a guess.
+    """
+    if name not in store.arrays or not hasattr(os, "posix_fadvise"):
+        return
+    spec = store.arrays[name]
+    blocks = np.unique(np.asarray(rows, np.int64) % max(spec.shape[0], 1) // spec.chunk[0])
+    blocks_per_shard = spec.shard[0] // spec.chunk[0]
+    for number in np.unique(blocks // blocks_per_shard).tolist():
+        start, stop = spec.shard_rows(number)
+        path, used = spec.shard_path(number), -(-(stop - start) // spec.chunk[0]) * spec.views
+        with contextlib.suppress(DamagedStore, OSError), store._manifest.open(path) as fd:
+            stride = (os.fstat(fd).st_size - index_bytes(spec)) / used
+            for place in (blocks[blocks // blocks_per_shard == number] % blocks_per_shard * spec.views).tolist():
+                os.posix_fadvise(fd, int(place * stride), int(stride), os.POSIX_FADV_WILLNEED)
 
 
 def _gather_into(store: Store, name: str, rows_B: npt.NDArray[Any], buffers: Arrays, allocate: Allocate) -> npt.NDArray[Any]:

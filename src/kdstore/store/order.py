@@ -56,7 +56,7 @@ class Order:
     def rows(self, epoch: int, places: npt.ArrayLike) -> Int64:
         """Return the rows [B] at places [B] of an epoch, from 0 to num_rows - 1."""
         places_B = np.asarray(places, np.int64)
-        if self.window is None or self.window >= self.num_rows:
+        if self._full:
             return permuted(places_B, self.num_rows, self.seed, epoch, ORDER)
         windows_B = self.window_of(epoch, places_B)
         shuffled_B = np.empty_like(places_B)
@@ -64,21 +64,37 @@ class Order:
             start, stop = self._bounds(epoch, window)
             inside = windows_B == window
             shuffled_B[inside] = start + permuted(places_B[inside] - start, stop - start, self.seed, epoch, WINDOW, window)
-        return self._in_blocks(epoch, shuffled_B)
+        return self.read_rows(epoch, shuffled_B)
 
     def window_of(self, epoch: int, places: npt.ArrayLike) -> Int64:
         """Return the window [B] in which each place [B] lies."""
         places_B = np.asarray(places, np.int64)
-        if self.window is None or self.window >= self.num_rows:
+        if self._full:
             return np.zeros_like(places_B)
         _, end = self._bounds(epoch, self._short(epoch) // self._blocks_per_window)
         return (places_B + self._gap * (places_B >= end)) // (self._blocks_per_window * self.block)
 
-    def window_rows(self, epoch: int, window: int) -> Int64:
-        """Return the rows of one window in the order of its blocks, none past the last: what must be in memory while it is read."""
-        if self.window is None or self.window >= self.num_rows:
-            return np.arange(self.num_rows if window == 0 else 0)
-        return self._in_blocks(epoch, np.arange(*self._bounds(epoch, window)))
+    def window_start(self, epoch: int, place: int) -> int:
+        """Return the first place of the window of a place; in a full shuffle, the place."""
+        if self._full:
+            return place
+        return self._bounds(epoch, int(self.window_of(epoch, place)))[0]
+
+    def read_rows(self, epoch: int, places: npt.ArrayLike) -> Int64:
+        """Return the rows [B] at places [B], if windows were not shuffled in themselves: the order in which a disk should read them."""
+        places_B = np.asarray(places, np.int64)
+        if self._full:
+            return self.rows(epoch, places_B)
+        short = self._short(epoch)
+        places_B = places_B + self._gap * (places_B >= (short + 1) * self.block - self._gap)
+        blocks_B = places_B // self.block
+        full_B = np.minimum(blocks_B - (blocks_B > short), self._num_blocks - 2)  # among the other blocks; of no use where it is the short one
+        moved_B = permuted(full_B, self._num_blocks - 1, self.seed, epoch, BLOCKS)
+        return np.where(blocks_B == short, self._num_blocks - 1, moved_B) * self.block + places_B % self.block
+
+    @property
+    def _full(self) -> bool:
+        return self.window is None or self.window >= self.num_rows
 
     @property
     def _num_blocks(self) -> int:
@@ -104,15 +120,6 @@ class Order:
         blocks = [min(w * self._blocks_per_window, self._num_blocks) for w in (window, window + 1)]
         start, stop = (b * self.block - self._gap * (b > short) for b in blocks)
         return start, stop
-
-    def _in_blocks(self, epoch: int, places_B: Int64) -> Int64:
-        """Return the rows at places, if windows were not shuffled in themselves."""
-        short = self._short(epoch)
-        places_B = places_B + self._gap * (places_B >= (short + 1) * self.block - self._gap)
-        blocks_B = places_B // self.block
-        full_B = np.minimum(blocks_B - (blocks_B > short), max(self._num_blocks - 2, 0))  # among the others; of no use where it is the short one
-        moved_B = permuted(full_B, max(self._num_blocks - 1, 1), self.seed, epoch, BLOCKS)
-        return np.where(blocks_B == short, self._num_blocks - 1, moved_B) * self.block + places_B % self.block
 
 
 @dataclass(frozen=True)
@@ -148,13 +155,23 @@ class Batches:
 
     def rows(self, step: int) -> Int64:
         """Return the rows [batch_size / world] of this rank in a step."""
-        epoch, place = self.place(step)
-        return self.order.rows(epoch, np.arange(place, place + self.batch_size // self.world))
+        share = self.batch_size // self.world
+        start = step % self.steps_per_epoch * self.batch_size + self.rank * share
+        return self.order.rows(step // self.steps_per_epoch, np.arange(start, start + share))
 
-    def place(self, step: int) -> tuple[int, int]:
-        """Return the epoch of a step, and the place in it of this rank's first row."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        return epoch, step * self.batch_size + self.rank * (self.batch_size // self.world)
+    def coming(self, depth: int = 8) -> Iterator[list[int]]:
+        """Yield with every batch the rows to announce to the kernel while it is read, of all ranks, since they may share a disk.
+
+        These are, block after block, the rows one window later; in a full shuffle those `depth` batches later. The first time also those before.
+        """
+        order, in_epoch = self.order, self.steps_per_epoch * self.batch_size
+        lead = min(order.window or depth * self.batch_size, order.num_rows)
+        for step in range(self.first, self.steps):
+            epoch, place = step // self.steps_per_epoch, step % self.steps_per_epoch * self.batch_size
+            start = order.window_start(epoch, place) if step == self.first else place + lead
+            places = np.arange(start, place + lead + self.batch_size)
+            now, after = places[places < order.num_rows], places[places >= in_epoch] - in_epoch
+            yield [*order.read_rows(epoch, now).tolist(), *order.read_rows(epoch + 1, after[after < order.num_rows]).tolist()]
 
 
 def permuted(places_B: Int64, size: int, *key: int) -> Int64:
