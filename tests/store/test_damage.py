@@ -178,6 +178,8 @@ def test_a_gigantic_declared_shape_allocates_nothing(copied: Path) -> None:
     _forge(copied, lie)
     with pytest.raises(DamagedStore, match="expected 125000000000000 uint32"):
         open_store(copied).gather("image/embedding", [0])
+    with pytest.raises(DamagedStore, match="expected 62500000000000 uint32"):
+        assert open_store(copied).image_valid is not None
 
 
 @pytest.mark.parametrize("name", ["index/offsets.npy", "checks/image/embedding.npy", "index/text/00000.parquet", "text/embedding/zarr.json"])

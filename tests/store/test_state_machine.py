@@ -159,5 +159,5 @@ class StoreMachine(RuleBasedStateMachine):
                     reader(self.path)
 
 
-StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
 test_whatever_happens_the_store_equals_a_dict_of_arrays = StoreMachine.TestCase

@@ -30,6 +30,7 @@ from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, decode_c
 MAPPED_CHUNK_BYTES = 1 << 18  # larger chunks gain nothing from a mapping
 OPEN_SHARDS = 128
 THREAD_BYTES = 4 << 20  # a batch is split over threads when each gets at least this much; with less, waking them costs more than they save
+DECODING_THREAD_BYTES = 1 << 18  # the same for chunks that must be decoded
 _NEVER = 1 << 32  # no four bytes are this seal
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ class ArrayReader:
             part = slice(start, stop)
             return copy_rows(rows_B[part], views_B[part], self._addresses, self._ends, self._seals, rows, views, chunk_shift, shard_shift, target[part])
 
-        results = _in_parts(copy, target)
+        results = _in_parts(copy, target, THREAD_BYTES)
         if max(results) > COPIED:
             raise self._cut(max(results))
         return UNKNOWN not in results
@@ -120,8 +121,9 @@ class ArrayReader:
                     decoded, raw = chunk, self._decoded(chunk)
                     out[i] = raw[begin : begin + out.shape[1]]
 
-        _in_parts(read, out)
-        if self._spec.codecs == PLAIN:  # others were compared with their crc32c after they were read
+        plain = self._spec.codecs == PLAIN
+        _in_parts(read, out, THREAD_BYTES if plain else DECODING_THREAD_BYTES)
+        if plain:  # others were compared with their crc32c after they were read
             for number in np.unique(chunks_B // self._spec.chunks_per_shard).tolist():
                 end = os.pread(self._descriptor(number).fd, CRC_BYTES, self._manifest.entry(self._spec.shard_path(number)).size - CRC_BYTES)
                 if len(end) < CRC_BYTES or int.from_bytes(end, "little") != self._seals[number]:
@@ -250,10 +252,10 @@ _opening = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 
 
-def _in_parts(work: Callable[[int, int], T], out: Bytes) -> list[T]:
+def _in_parts(work: Callable[[int, int], T], out: Bytes, thread_bytes: int) -> list[T]:
     """Call `work(start, stop)` over the rows of `out`, on as many cores as the bytes are worth, and return the results."""
     global _pool
-    parts = max(1, min(_cores(), out.nbytes // THREAD_BYTES, len(out)))
+    parts = max(1, min(_cores(), out.nbytes // thread_bytes, len(out)))
     if parts == 1:
         return [work(0, len(out))]
     if _pool is None:

@@ -48,10 +48,13 @@ _guarded = False
 
 
 def guard() -> None:
-    """Put the handler in front of SIGBUS, unless this process has done so; a forked one must again, its parent's may have been replaced."""
+    """Put the handler in front of SIGBUS in a process that was forked since: its libraries may have put theirs there (PyTorch's workers do)."""
+    if not _guarded:
+        _take_sigbus()
+
+
+def _take_sigbus() -> None:
     global _guarded, _handler
-    if _guarded:
-        return
     if not _handler:
         _handler = sigbus_handler(_ranges.ctypes.data, ctypes.addressof(_previous))
     found = _Action()
@@ -64,7 +67,7 @@ def guard() -> None:
 
 def map_file(owner: Any, fd: int, size: int) -> npt.NDArray[np.uint8]:
     """Map the first `size` bytes of a file; unmapped with `owner`. Keeps no descriptor (Python's mmap keeps one, and a store may have 8,192 shards)."""
-    guard()
+    _take_sigbus()
     slot = _freed.pop() if _freed else next(_fresh, RANGES)
     address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0) if slot < RANGES else _FAILED
     if address == _FAILED:

@@ -23,6 +23,8 @@ from kdstore.store.layout import OFFSETS, ArraySpec
 from kdstore.store.manifest import RESTORE, Manifest, read_manifest
 from kdstore.store.plan import Side
 
+BLOCK_ROWS = 1 << 20
+
 
 class Store:
     """A complete store, open for reading; safe across threads and forks, pickled as its path and digest."""
@@ -102,12 +104,21 @@ class Store:
     @cached_property
     def image_valid(self) -> npt.NDArray[np.bool_]:
         """Which images could be decoded, bool [N]."""
-        return self.gather("image/valid", np.arange(self.num_images)).astype(bool)
+        return self._numbers("image/valid").astype(bool)
 
     @cached_property
     def text_valid(self) -> npt.NDArray[np.bool_]:
         """Which texts hold features, bool [M]."""
-        return self.gather("text/valid", np.arange(self.num_texts)).astype(bool)
+        return self._numbers("text/valid").astype(bool)
+
+    def _numbers(self, name: str) -> npt.NDArray[Any]:
+        """Return all of an array of one number per row, gathered in blocks: row numbers are eight times as wide as what they fetch."""
+        self.gather(name, [])  # compares the declared shape with the files before anything is allocated from it
+        out = np.empty(self.arrays[name].shape, self.arrays[name].dtype)
+        for start in range(0, len(out), BLOCK_ROWS):
+            rows = np.arange(start, min(start + BLOCK_ROWS, len(out)))
+            self.gather(name, rows, out=out[start : start + len(rows)])
+        return out
 
     def keys(self) -> npt.NDArray[np.str_]:
         """Return the keys of all images [N]."""
