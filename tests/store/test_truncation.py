@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import itertools
 import mmap
 import os
@@ -13,13 +14,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from kdstore.errors import DamagedStore
-from kdstore.store import Plan, StoreWriter, embedding_array, open_store
+from kdstore.store import Plan, Store, StoreWriter, embedding_array, mapping, open_store
 from kdstore.store import gather as gathering
+from kdstore.store.mapping import CAN_MAP
 
 ROWS, WIDTH = 256, 512
 VALUES = np.random.default_rng(0).integers(1, 1 << 14, (ROWS, 1, WIDTH)).astype(np.uint16).view(np.float16)  # no zeros, no NaN
@@ -123,18 +127,42 @@ def test_shards_cut_by_another_process_in_the_middle_of_gathers_are_errors(whole
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_worker_whose_signals_were_reset_reads_on_and_finds_the_cut(path: Path, in_child: InChild) -> None:
-    """As workers of PyTorch's loaders do with SIGBUS, in C, right after their fork."""
+class CutAtFour(Dataset[Any]):
+    """All rows in every item, and a shard cut before the fifth."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __getitem__(self, item: int) -> Any:
+        if item == 4:
+            os.truncate(self.store.path / SHARD, 0)
+        return self.store.gather(NAME, np.arange(ROWS))
+
+
+def test_a_worker_of_a_loader_finds_the_cut(path: Path) -> None:
+    """PyTorch's workers have a handler of SIGBUS of their own, put in place after the fork, that ends them."""
     store = open_store(path)
     store.gather(NAME, np.arange(ROWS))
+    items = iter(DataLoader(CutAtFour(store), batch_size=None, sampler=range(8), num_workers=1, multiprocessing_context="fork"))
+    for _ in range(4):
+        assert np.array_equal(next(items).numpy(), VALUES[:, 0])
+    with pytest.raises(DamagedStore, match=SHARD):
+        next(items)
 
-    def read() -> None:
-        signal.signal(signal.SIGBUS, signal.SIG_DFL)
-        os.truncate(path / SHARD, 0)
-        with pytest.raises(DamagedStore, match=SHARD):
-            store.gather(NAME, IN_SHARD)
 
-    assert in_child(read) == 0
+@pytest.mark.skipif(not CAN_MAP, reason="nothing is mapped here")
+def test_a_store_that_is_let_go_leaves_nothing_mapped(path: Path) -> None:
+    gc.collect()
+    before, maps = np.count_nonzero(mapping._ranges[:, 0]), Path("/proc/self/maps")
+    for _ in range(3):
+        store = open_store(path)
+        store.gather(NAME, np.arange(ROWS))
+        assert np.count_nonzero(mapping._ranges[:, 0]) == before + 2
+        assert f"{path / SHARD}" in maps.read_text()
+        del store
+        gc.collect()
+        assert np.count_nonzero(mapping._ranges[:, 0]) == before
+        assert f"{path}" not in maps.read_text()
 
 
 @pytest.mark.parametrize("sent", [True, False], ids=["sent by a process", "of a mapping of others"])
