@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -39,11 +41,21 @@ def store_verify(path: Path, as_json: Json = False) -> None:
 
 
 @store_app.command("stats")
-def store_stats(path: Path, as_json: Json = False) -> None:
-    """Measure norms, mean, variance and values that are not finite of every array."""
+def store_stats(
+    path: Path, max_samples: Annotated[int, typer.Option(min=1, help="Vectors of the covariance's spectrum, at most.")] = 1_000_000, as_json: Json = False
+) -> None:
+    """Measure norms, mean, variance, the covariance's spectrum and values that are not finite of every array; written to stats.json."""
     from kdstore import store
 
     with bars() as on_progress:
-        stats = store.store_stats(path, on_progress=on_progress)
-    lines = [f"{name}: {s['rows']} rows, {s['nan']} NaN, {s['inf']} infinite, norm {s['norm']}" for name, s in stats["arrays"].items()]
-    show(stats, as_json, text="\n".join(lines))
+        stats = store.store_stats(path, max_samples=max_samples, on_progress=on_progress)
+    show(stats, as_json, text="\n".join(f"{name}: {_stats_line(of_array)}" for name, of_array in stats["arrays"].items()))
+
+
+def _stats_line(found: dict[str, Any]) -> str:
+    said = f"{found['rows']} rows, {found['nan']} NaN, {found['inf']} infinite, {found['at_limit']} at the limit of the type"
+    if "norm" in found:
+        said += ", norm {min:.4g} to {max:.4g}, mean {mean:.4g}".format(**found["norm"])
+    if sums := list(accumulate(found.get("spectrum", []))):
+        said += f", 90 % of the variance in {sum(part < 0.9 * sums[-1] for part in sums) + 1} of {len(sums)} dimensions"
+    return said

@@ -1,105 +1,192 @@
 """Statistics of a store's float arrays: what a reader wants to know before training, and what normalisation needs.
 
-Blocks of rows are reduced with dask and merged in row order, so that the numbers do not depend on the number of cores. Means and
-variances are per channel over all rows, views and tokens that are valid and finite; nothing is normalised in the store itself.
+They are taken over the vectors along the channels of all rows, views and tokens that are valid and finite, padding of texts left
+out; nothing is normalised in the store itself. The covariance is not kept: at 1,664 channels it takes 22 MB, and its spectrum is
+what tells how many dimensions the features use. Whoever fits a projection takes it from `covariance`, in one pass over the sample.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from dask.base import compute
-from dask.delayed import delayed
 
 from kdstore.jsonfile import write_json
 from kdstore.progress import OnProgress, silent
+from kdstore.store.blocks import gather_views, in_blocks
 from kdstore.store.reader import Store, open_store
 
-_BLOCK_VALUES = 1 << 23  # 64 MiB of float64 per block
+MAX_SAMPLES = 1_000_000
+_BATCH = 1024  # sampled vectors per product: large enough for BLAS, 14 MB at 1,664 channels
 _Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Counts, norms, and per-channel mean [W] and summed squared deviation [W] of `vectors` finite vectors."""
+    """Counts, norms, and per-channel mean [W] and summed squared deviation [W] of `vectors` finite vectors; a sample of these [S, W]."""
 
     rows: int
     num_nan: int
     num_inf: int
+    num_limit: int
     vectors: int
     norm_min: float
     norm_sum: float
     norm_max: float
     mean_W: _Float64
     squares_W: _Float64
+    sample_SW: npt.NDArray[np.floating[Any]]
 
 
-def store_stats(path: str | Path, *, on_progress: OnProgress = silent) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Covariance:
+    """Covariance [W, W] float64 of `samples` vectors (divided by their number), and their mean [W]."""
+
+    samples: int
+    mean_W: _Float64
+    covariance_WW: _Float64
+
+
+def store_stats(path: str | Path, *, max_samples: int = MAX_SAMPLES, on_progress: OnProgress = silent) -> dict[str, Any]:
     """Compute the statistics of every float array, write them to `stats.json` and return them.
 
-    Per array: `rows` (valid ones), `nan` and `inf` (values in valid rows), `norm` (min, mean, max of the vectors along the channels),
-    `mean` and `variance` per channel. Raises what `open_store` and `Store.gather` raise.
+    Per array: `rows` (valid ones), `vectors` (finite ones in them), values in valid rows that are `nan`, `inf` or `at_limit` (the largest
+    finite ones of the dtype, which a clipped overflow leaves), `norm` (min, mean, max), `mean` and `variance` per channel, and for embeddings
+    and tokens `samples` and `spectrum`, the eigenvalues of the covariance of at most `max_samples` vectors, largest first.
+    Raises what `open_store` and `Store.gather` raise, and CannotWrite.
     """
     store = open_store(path)
     names = [name for name, spec in store.arrays.items() if spec.dtype.startswith("float")]
-    arrays = {}
-    for i, name in enumerate(names):
-        on_progress("stats", i, len(names), name)
-        arrays[name] = array_stats(store, name)
-    on_progress("stats", len(names), len(names), "")
-    stats = {"store": store.digest, "arrays": arrays}
+    stats = {"store": store.digest, "arrays": {name: array_stats(store, name, max_samples=max_samples, on_progress=on_progress) for name in names}}
     write_json(store.path / "stats.json", stats)
     return stats
 
 
-def array_stats(store: Store, name: str) -> dict[str, Any]:
+def array_stats(store: Store, name: str, *, max_samples: int = MAX_SAMPLES, on_progress: OnProgress = silent) -> dict[str, Any]:
     """Return the statistics of one float array as `store_stats` describes them."""
     spec = store.arrays[name]
-    step = max(spec.chunk[0], _BLOCK_VALUES // (spec.row_bytes // np.dtype(spec.dtype).itemsize) // spec.chunk[0] * spec.chunk[0])
-    reduce_block = delayed(functools.partial(_block_moments, store, name))
-    blocks = [
-        reduce_block(start, min(start + step, spec.shard_rows(shard)[1]), view)
-        for shard in range(spec.num_shards)
-        for start in range(*spec.shard_rows(shard), step)
-        for view in range(spec.views)
-    ]
     width = spec.shape[-1]
-    nothing = Moments(0, 0, 0, 0, np.inf, 0.0, -np.inf, np.zeros(width), np.zeros(width))
-    total = functools.reduce(_merged, compute(*blocks, scheduler="threads"), nothing)
+    stride = _stride(store, name, max_samples if name.endswith(("/embedding", "/tokens")) else 0)
+    total = Moments(0, 0, 0, 0, 0, np.inf, 0.0, -np.inf, np.zeros(width), np.zeros(width), np.empty((0, width)))
+    products = _Products(width)
+    done = 0
+    for block in in_blocks(functools.partial(_block_moments, store, name, stride), spec, 0, spec.shape[0]):
+        total = _merged(total, block)
+        products.add(block.sample_SW)
+        done += block.rows
+        on_progress(f"stats of {name}", done, spec.shape[0], "")
+    on_progress(f"stats of {name}", spec.shape[0], spec.shape[0], "")
+    counts = {"rows": total.rows, "vectors": total.vectors, "nan": total.num_nan, "inf": total.num_inf, "at_limit": total.num_limit}
     if not total.vectors:
-        return {"rows": total.rows, "nan": total.num_nan, "inf": total.num_inf}
-    return {
-        "rows": total.rows,
-        "nan": total.num_nan,
-        "inf": total.num_inf,
+        return counts
+    found: dict[str, Any] = counts | {
         "norm": {"min": total.norm_min, "mean": total.norm_sum / total.vectors, "max": total.norm_max},
         "mean": total.mean_W.tolist(),
         "variance": (total.squares_W / total.vectors).tolist(),
     }
+    if stride:
+        sampled = products.covariance()
+        found |= {"samples": sampled.samples, "spectrum": np.linalg.eigvalsh(sampled.covariance_WW)[::-1].tolist() if sampled.samples else []}
+    return found
 
 
-def _block_moments(store: Store, name: str, start: int, stop: int, view: int) -> Moments:
+def covariance(store: Store, name: str, *, max_samples: int = MAX_SAMPLES) -> Covariance:
+    """Return the covariance of at most `max_samples` vectors of a float array, the same ones that `array_stats` takes its spectrum from."""
     spec = store.arrays[name]
-    valid = store.image_valid if spec.side == "image" else store.text_valid
-    rows = np.arange(start, stop)[valid[start:stop]]
-    values = store.gather(name, rows, view if spec.has_views else None).astype(np.float64)
-    vectors = values.reshape(-1, spec.shape[-1])
-    finite = vectors[np.isfinite(vectors).all(axis=1)]
+    products = _Products(spec.shape[-1])
+    for block in in_blocks(functools.partial(_block_moments, store, name, _stride(store, name, max_samples)), spec, 0, spec.shape[0]):
+        products.add(block.sample_SW)
+    return products.covariance()
+
+
+class _Products:
+    """Sums of outer products of vectors about the mean of the first ones, taken in batches of a fixed size."""
+
+    def __init__(self, width: int) -> None:
+        self._batch_SW = np.empty((_BATCH, width))
+        self._filled = self._samples = 0
+        self._origin_W = np.zeros(width)
+        self._sum_W = np.zeros(width)
+        self._products_WW = np.zeros((width, width))
+
+    def add(self, sample_SW: npt.NDArray[np.floating[Any]]) -> None:
+        while len(sample_SW):
+            taken = min(len(sample_SW), _BATCH - self._filled)
+            self._batch_SW[self._filled : self._filled + taken] = sample_SW[:taken]
+            self._filled += taken
+            sample_SW = sample_SW[taken:]
+            if self._filled == _BATCH:
+                self._flush()
+
+    def covariance(self) -> Covariance:
+        if self._filled:
+            self._flush()
+        samples = max(self._samples, 1)
+        mean_W = self._sum_W / samples
+        return Covariance(self._samples, self._origin_W + mean_W, self._products_WW / samples - np.outer(mean_W, mean_W))
+
+    def _flush(self) -> None:
+        batch_SW = self._batch_SW[: self._filled]
+        if not self._samples:
+            self._origin_W = batch_SW.mean(axis=0)  # differences of large sums would lose the digits of a small variance
+        batch_SW -= self._origin_W
+        self._sum_W += batch_SW.sum(axis=0)
+        self._products_WW += batch_SW.T @ batch_SW
+        self._samples += self._filled
+        self._filled = 0
+
+
+def _stride(store: Store, name: str, max_samples: int) -> int:
+    """Return k so that every k-th vector makes a sample of at most `max_samples`, 0 for none; no factor of the vectors per row, so that all tokens are met."""
+    spec = store.arrays[name]
+    per_row = math.prod(spec.shape[1:-1])
+    if not max_samples or not spec.shape[0]:
+        return 0
+    stride = -(-spec.shape[0] * per_row // max_samples)
+    while math.gcd(stride, per_row) > 1:
+        stride += 1
+    return stride
+
+
+def _block_moments(store: Store, name: str, stride: int, start: int, stop: int) -> Moments:
+    spec = store.arrays[name]
+    valid = (store.image_valid if spec.side == "image" else store.text_valid)[start:stop]
+    stored = gather_views(store, name, np.arange(start, stop)).reshape(-1, spec.shape[-1])
+    held = _held(store, name, start, stop, valid)
+    place = np.flatnonzero(held)
+    values = stored[place].astype(np.float64)
     num_nan, num_inf = int(np.isnan(values).sum()), int(np.isinf(values).sum())
-    if not len(finite):
-        return Moments(len(rows), num_nan, num_inf, 0, np.inf, 0.0, -np.inf, np.zeros(spec.shape[-1]), np.zeros(spec.shape[-1]))
-    norms, mean = np.linalg.norm(finite, axis=1), finite.mean(axis=0)
-    squares = np.square(finite - mean).sum(axis=0)
-    return Moments(len(rows), num_nan, num_inf, len(finite), float(norms.min()), float(norms.sum()), float(norms.max()), mean, squares)
+    num_limit = int((np.abs(values) >= float(np.finfo(spec.dtype).max)).sum()) - num_inf
+    if num_nan or num_inf:
+        finite = np.isfinite(values).all(axis=1)
+        values, place = values[finite], place[finite]
+    sampled = place[(place + start * math.prod(spec.shape[1:-1])) % stride == 0] if stride else place[:0]
+    counts = (int(valid.sum()), num_nan, num_inf, num_limit, len(values))
+    if not len(values):
+        return Moments(*counts, np.inf, 0.0, -np.inf, np.zeros(spec.shape[-1]), np.zeros(spec.shape[-1]), stored[sampled])
+    norms, mean_W = np.sqrt(np.einsum("nw,nw->n", values, values)), values.mean(axis=0)
+    values -= mean_W
+    squares_W = np.einsum("nw,nw->w", values, values)
+    return Moments(*counts, float(norms.min()), float(norms.sum()), float(norms.max()), mean_W, squares_W, stored[sampled])
+
+
+def _held(store: Store, name: str, start: int, stop: int, valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Which vectors of rows `start:stop`, in their order, belong to valid rows and are not padding of a text."""
+    per_row = math.prod(store.arrays[name].shape[1:-1])
+    held = np.repeat(valid, per_row)
+    if name == "text/tokens" and "text/length" in store.arrays:
+        lengths = store.gather("text/length", np.arange(start, stop))
+        held &= (np.arange(per_row) < lengths[:, None]).reshape(-1)
+    return held
 
 
 def _merged(a: Moments, b: Moments) -> Moments:
-    """Merge two reductions (Chan, Golub and LeVeque 1983, equation 2.1)."""
+    """Merge two reductions (Chan, Golub and LeVeque 1983, equation 2.1), without their samples."""
     vectors = a.vectors + b.vectors
     share = b.vectors / max(vectors, 1)
     between = b.mean_W - a.mean_W
@@ -107,10 +194,12 @@ def _merged(a: Moments, b: Moments) -> Moments:
         a.rows + b.rows,
         a.num_nan + b.num_nan,
         a.num_inf + b.num_inf,
+        a.num_limit + b.num_limit,
         vectors,
         min(a.norm_min, b.norm_min),
         a.norm_sum + b.norm_sum,
         max(a.norm_max, b.norm_max),
         a.mean_W + between * share,
         a.squares_W + b.squares_W + np.square(between) * a.vectors * share,
+        a.sample_SW,
     )
