@@ -63,7 +63,8 @@ class ArrayReader:
         chunks_B = rows_B // self._spec.chunk[0] * self._spec.views + views_B
         if self._mapped:
             self._check_mapped(chunks_B)
-            assert self._copy_mapped(rows_B, views_B, out)
+            copied = self._copy_mapped(rows_B, views_B, out)
+            assert copied
         else:
             self._read(chunks_B, rows_B % self._spec.chunk[0] * self._spec.row_bytes, _as_bytes(out))
         return out
