@@ -27,6 +27,13 @@ def digest_of(value: Any) -> str:
     return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def flat_fields(value: Any, prefix: str = "") -> dict[str, str]:
+    """Return {dotted path: canonical JSON} of the leaves of a JSON value, to say in which fields two of them differ."""
+    if isinstance(value, dict) and value:
+        return {k: v for name, part in value.items() for k, v in flat_fields(part, f"{prefix}.{name}" if prefix else name).items()}
+    return {prefix: canonical_json(value).decode()}
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` so that a crash leaves the old or the new file: temp, fsync, rename, fsync of the folder.
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdstore.errors import IdentityMismatch, IncompleteStore, StoreError, StoreLocked
-from kdstore.jsonfile import canonical_json, digest_of, disk_error, fsync_folder, read_json, write_bytes, write_json
+from kdstore.jsonfile import canonical_json, digest_of, disk_error, flat_fields, fsync_folder, read_json, write_bytes, write_json
 from kdstore.store.layout import BUILD, FORMAT, GROUP_METADATA, MANIFEST, OFFSETS, ArraySpec, index_path, scalar_array
 from kdstore.store.lock import release_lock, take_lock
 from kdstore.store.manifest import read_manifest
@@ -333,18 +333,12 @@ def _sync_folders(root: Path, names: Iterable[str]) -> None:
 def _refuse_differences(path: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise IdentityMismatch with the fields that differ between what is asked for and what `path` holds."""
     parts = ("format", "identity", "plan", "arrays")
-    there, here = _flat({part: found.get(part) for part in parts}), _flat({part: asked[part] for part in parts})
+    there, here = flat_fields({part: found.get(part) for part in parts}), flat_fields({part: asked[part] for part in parts})
     fields = sorted(field for field in there.keys() | here.keys() if there.get(field, _ABSENT) != here.get(field, _ABSENT))
     if fields:
         said = "; ".join(f"{field}: there {there.get(field, _ABSENT)}, asked {here.get(field, _ABSENT)}" for field in fields[:8])
         more = f"; and {len(fields) - 8} more" if len(fields) > 8 else ""
         raise IdentityMismatch(f"{path} holds other features ({said}{more}).", "Choose another path with --out, or remove that folder.")
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, dict) and value:
-        return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}" if prefix else name).items()}
-    return {prefix: canonical_json(value).decode()}
 
 
 def _sweep(path: Path) -> None:
