@@ -268,6 +268,17 @@ def test_a_chunk_that_says_it_holds_other_than_its_rows_is_not_decoded(codec: st
     tracemalloc.stop()
 
 
+@pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")
+@pytest.mark.parametrize("configuration", [{"order": "C"}, {"order": [0, 0]}, {"order": [0]}, {"order": None}, {}, 7])
+def test_a_chain_that_makes_no_sense_does_not_decode(configuration: Any) -> None:
+    plain = ArraySpec("text/a", (4, 6), "float16", (4, 6), (4, 6), PLAIN, ("text", "channel"))
+    metadata = plain.to_metadata()
+    metadata["codecs"][0]["configuration"]["codecs"].insert(0, {"name": "transpose", "configuration": configuration})
+    spec = ArraySpec.from_metadata("text/a", metadata)
+    with pytest.raises(ValueError):
+        decode_chunk_with_zarr(spec, metadata, np.zeros(48, np.uint8))
+
+
 def rewrite_with_zarr(path: Path, spec: ArraySpec, values: np.ndarray, codecs: list[Any]) -> None:
     """Replace an array by one that zarr-python wrote with other codecs, and the manifest by one that lists it."""
     shutil.rmtree(path / spec.name)

@@ -199,7 +199,7 @@ def decode_chunk_with_zarr(spec: ArraySpec, metadata: dict[str, Any], payload: B
     try:
         store = zarr.storage.MemoryStore({name: default_buffer_prototype().buffer.from_bytes(content) for name, content in contents.items()})
         values = zarr.open_array(store, mode="r")[...]
-    except (ValueError, RuntimeError, OSError) as e:
+    except (ValueError, TypeError, LookupError, RuntimeError, OSError) as e:  # also for a chain whose configuration is not one
         raise ValueError(str(e)) from e
     return np.ascontiguousarray(values, np.dtype(spec.dtype).newbyteorder("<")).reshape(-1).view(np.uint8)
 
