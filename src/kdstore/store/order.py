@@ -159,7 +159,7 @@ class Batches:
         start = step % self.steps_per_epoch * self.batch_size + self.rank * share
         return self.order.rows(step // self.steps_per_epoch, np.arange(start, start + share))
 
-    def coming(self, depth: int = 8) -> Iterator[list[int]]:
+    def coming(self, depth: int = 2) -> Iterator[list[int]]:
         """Yield with every batch the rows to announce to the kernel while it is read, of all ranks, since they may share a disk.
 
         These are, block after block, the rows one window later; in a full shuffle those `depth` batches later. The first time also those before.
