@@ -10,6 +10,7 @@ import typer
 
 from kdstore.cli.options import Json
 from kdstore.cli.screen import bars, say, show
+from kdstore.errors import ConfigError
 
 store_app = typer.Typer(rich_markup_mode=None, help="Look at a feature store and check it.")
 
@@ -59,3 +60,76 @@ def _stats_line(found: dict[str, Any]) -> str:
     if sums := list(accumulate(found.get("spectrum", []))):
         said += f", 90 % of the variance in {sum(part < 0.9 * sums[-1] for part in sums) + 1} of {len(sums)} dimensions"
     return said
+
+
+Arrays = Annotated[str, typer.Option(help="Names of arrays, with commas between them; default: all that it can apply to.")]
+Out = Annotated[Path, typer.Option(help="The new store.")]
+
+
+@store_app.command("recode")
+def store_recode(
+    path: Path,
+    out: Out,
+    codec: Annotated[str | None, typer.Option(help="bytes or zstd, each with crc32c.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16 or float32.")] = None,
+    chunk_rows: Annotated[int | None, typer.Option(help="Rows of an inner chunk.")] = None,
+    shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard.")] = None,
+    arrays: Arrays = "",
+    allow_overflow: Annotated[bool, typer.Option("--allow-overflow", help="Let values beyond float16 become infinite.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the same rows with another codec, precision, chunking or shard size into a new store; run again to resume."""
+    from kdstore import store
+
+    encoding = store.Encoding(codec, dtype, chunk_rows, shard_rows)
+    with bars() as on_progress:
+        made = store.recode_store(path, out, encoding, arrays=_names(arrays), allow_overflow=allow_overflow, on_progress=on_progress)
+    show(made, as_json)
+
+
+@store_app.command("subset")
+def store_subset(
+    path: Path,
+    out: Out,
+    rows: Annotated[str | None, typer.Option(help="START:STOP of the image rows, as Python slices them.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="A text file with a key per line.")] = None,
+    arrays: Arrays = "",
+    as_json: Json = False,
+) -> None:
+    """Write some rows or some arrays of a store into a new one; run again to resume."""
+    from kdstore import store
+
+    chosen = None if rows is None else _slice(rows)
+    lines = None if keys is None else _lines(keys)
+    with bars() as on_progress:
+        made = store.subset_store(path, out, rows=chosen, keys=lines, arrays=_names(arrays), on_progress=on_progress)
+    show(made, as_json)
+
+
+@store_app.command("concat")
+def store_concat(paths: list[Path], out: Out, as_json: Json = False) -> None:
+    """Write stores of the same features and of different keys into one, in the order given; run again to resume."""
+    from kdstore import store
+
+    with bars() as on_progress:
+        made = store.concat_stores(paths, out, on_progress=on_progress)
+    show(made, as_json)
+
+
+def _names(arrays: str) -> list[str]:
+    return [name.strip() for name in arrays.split(",") if name.strip()]
+
+
+def _slice(text: str) -> slice:
+    start, colon, stop = text.partition(":")
+    try:
+        return slice(int(start) if start else None, int(stop) if stop else None) if colon else slice(int(start), int(start) + 1 or None)
+    except ValueError as e:
+        raise ConfigError(f"--rows is START:STOP, found '{text}'.", "For the first thousand rows: --rows :1000.") from e
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"Cannot read the keys in {path}: {e}.", "Name a text file with a key per line.") from e

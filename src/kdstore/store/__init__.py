@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from kdstore.store.ahead import gather_ahead
+from kdstore.store.concat import concat_stores
+from kdstore.store.derive import DerivedStore
 from kdstore.store.join import Join, join_sources
 from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array
 from kdstore.store.order import Batches, Order
 from kdstore.store.plan import Plan, Unit, fingerprint_of
 from kdstore.store.reader import Store, open_store
+from kdstore.store.recode import Encoding, recode_store
 from kdstore.store.rows import Rows
 from kdstore.store.stats import store_stats
+from kdstore.store.subset import subset_store
 from kdstore.store.verify import Damage, VerifyReport, verify_store
 from kdstore.store.writer import Attempt, StoreWriter
 
@@ -18,6 +22,8 @@ __all__ = [
     "Attempt",
     "Batches",
     "Damage",
+    "DerivedStore",
+    "Encoding",
     "Join",
     "Order",
     "Plan",
@@ -26,13 +32,16 @@ __all__ = [
     "StoreWriter",
     "Unit",
     "VerifyReport",
+    "concat_stores",
     "embedding_array",
     "fingerprint_of",
     "gather_ahead",
     "join_sources",
     "open_store",
+    "recode_store",
     "scalar_array",
     "store_stats",
+    "subset_store",
     "token_array",
     "verify_store",
 ]

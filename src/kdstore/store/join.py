@@ -55,7 +55,7 @@ def join_sources(store: Store, source: Source) -> Join:
     store_keys = store.index("image", "key").combine_chunks()
     if twice := repeated(source_keys):
         raise JoinError(f"{len(twice)} keys of {source.spec} come more than once: {', '.join(twice[:5])}.", "Choose a key column that is unique.")
-    join = Join(_positions(store_keys, source_keys), _positions(source_keys, store_keys), "key")
+    join = Join(positions(store_keys, source_keys), positions(source_keys, store_keys), "key")
     if not join.matched:
         raise JoinError(
             f"No key of {source.spec} ({_some(source_keys)}) is in {store.path} ({_some(store_keys)}).", "Name the source that the store was extracted from."
@@ -63,7 +63,7 @@ def join_sources(store: Store, source: Source) -> Join:
     return join
 
 
-def _positions(keys: pa.Array, among: pa.Array) -> npt.NDArray[np.int64]:
+def positions(keys: pa.Array, among: pa.Array) -> npt.NDArray[np.int64]:
     """Return where each of `keys` lies in `among`, -1 if nowhere."""
     return pc.index_in(keys, value_set=among).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 

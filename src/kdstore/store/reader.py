@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from kdstore.errors import DamagedStore, MissingFeature, StoreError
 from kdstore.store.gather import ArrayReader
 from kdstore.store.layout import OFFSETS, ArraySpec
-from kdstore.store.manifest import RESTORE, Manifest, read_manifest
+from kdstore.store.manifest import MAX_METADATA_BYTES, RESTORE, Manifest, read_manifest
 from kdstore.store.plan import Side
 
 BLOCK_ROWS = 1 << 20
@@ -59,6 +59,11 @@ class Store:
     @property
     def num_texts(self) -> int:
         return int(self.manifest["plan"]["texts"])
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a unit: of one file of the index, and as many as those of a shard at most."""
+        return int(self.manifest["plan"]["unit_rows"])
 
     def summary(self) -> dict[str, Any]:
         """Tell in a few JSON values what the store holds."""
@@ -132,10 +137,13 @@ class Store:
         """Return the captions of all text rows [M]."""
         return self.index("text", "caption").to_pylist()
 
-    def index(self, side: Side, column: str) -> pa.ChunkedArray:
-        """Return one column of `index/<side>/*.parquet` in row order; raises DamagedStore."""
+    def index(self, side: Side, column: str, units: slice = slice(None)) -> pa.ChunkedArray:
+        """Return one column of `index/<side>/*.parquet` in row order, of all rows or those of some units; raises DamagedStore."""
         paths = sorted(path for path in self._manifest.files if path.startswith(f"index/{side}/"))
         rows = self.num_images if side == "image" else self.num_texts
+        if units != slice(None):
+            start, stop, _ = units.indices(len(paths))
+            paths, rows = paths[units], min(stop * self.unit_rows, rows) - start * self.unit_rows
         try:
             parts = [pq.read_table(io.BytesIO(self._manifest.read(path)), columns=[column])[column] for path in paths]
         except (pa.ArrowException, KeyError) as e:
@@ -161,7 +169,7 @@ def _open_again(path: Path, digest: str) -> Store:
 
 def _spec(manifest: Manifest, name: str) -> ArraySpec:
     try:
-        metadata = json.loads(manifest.read(f"{name}/zarr.json"))
+        metadata = json.loads(manifest.read(f"{name}/zarr.json", MAX_METADATA_BYTES))
     except (ValueError, RecursionError) as e:
         raise DamagedStore(f"{manifest.root / name}/zarr.json is not JSON ({e}).", RESTORE) from e
     if metadata != manifest.content["arrays"][name]:
