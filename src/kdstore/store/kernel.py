@@ -19,6 +19,7 @@ Int64 = npt.NDArray[np.int64]
 
 COPIED = -1
 UNKNOWN = -2  # an index is out of bounds or a chunk was not yet checked
+ROWS_AHEAD, LINES_AHEAD = 8, 4  # what the copy asks the processor to load before it is there
 RANGES = 1 << 16  # mapped files of a process; Linux allows 65,530 by default
 RANGES_SYMBOL, PREVIOUS_SYMBOL = "kdstore_mapped_ranges", "kdstore_previous_action"  # how the handler finds its tables, whatever their address
 
@@ -43,6 +44,19 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.uint64, types.uint64, types.int64), codegen
+
+    @intrinsic
+    def _prefetch(typingctx: Any, address: Any) -> Any:
+        """Start to load the cache line of an address, which need not be there."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            number = llvmlite.ir.IntType(32)
+            declared = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+            prefetch = builder.module.declare_intrinsic("llvm.prefetch", (cgutils.voidptr_t,), declared)
+            builder.call(prefetch, [builder.inttoptr(args[0], cgutils.voidptr_t), number(0), number(3), number(1)])  # for reading, to stay, of data
+            return context.get_dummy_value()
+
+        return types.void(types.uint64), codegen
 
     def _loads(bits: int) -> Any:
         """Make an unaligned load of an unsigned integer at an address."""
@@ -91,6 +105,7 @@ else:
     def _copy_rows(
         rows_B: Any, views_B: Any, addresses: Any, ends: Any, seals: Any, num_rows: Any, num_views: Any, chunk_shift: Any, shard_shift: Any, out: Any
     ) -> Any:
+        sources = np.empty(len(rows_B), np.uint64)
         target, size = np.uint64(out.ctypes.data), out.shape[1]
         for i in range(len(rows_B)):
             row = rows_B[i] + num_rows if rows_B[i] < 0 else rows_B[i]
@@ -101,7 +116,12 @@ else:
             begin = addresses[chunk * num_views + view]
             if begin == 0:
                 return UNKNOWN
-            _memcpy(target + np.uint64(i * size), begin + np.uint64((row - (chunk << chunk_shift)) * size), size)
+            sources[i] = begin + np.uint64((row - (chunk << chunk_shift)) * size)
+        for i in range(len(rows_B)):
+            if i + ROWS_AHEAD < len(rows_B):  # the processor foresees the rest of a row, but not where the next one begins
+                for line in range(LINES_AHEAD):
+                    _prefetch(sources[i + ROWS_AHEAD] + np.uint64(64 * line))
+            _memcpy(target + np.uint64(i * size), sources[i], size)
         _acquire()
         for i in range(len(rows_B)):  # only now: what is cut off before a row is copied is gone from the end of its file too
             shard = (rows_B[i] + num_rows if rows_B[i] < 0 else rows_B[i]) >> shard_shift
