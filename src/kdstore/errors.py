@@ -67,6 +67,10 @@ class DamagedStore(StoreError):
     """Bytes of the store are not those that were written: restore or extract the named files again."""
 
 
+class CannotRead(StoreError, OSError):
+    """A file of a store cannot be read (rights, a failing disk); what it holds is not known."""
+
+
 class IdentityMismatch(StoreError, ValueError):
     """The store at this path holds other features: choose another path."""
 

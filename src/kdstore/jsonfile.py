@@ -79,8 +79,13 @@ def write_json(path: Path, content: dict[str, Any]) -> str:
 
 def read_json(path: Path, error: type[KdstoreError] = DamagedStore) -> dict[str, Any]:
     """Read a JSON object written by `write_json`; raises `error` if it is not what was written."""
+    return parse_json(path.read_bytes(), path, error)
+
+
+def parse_json(encoded: bytes, path: Path, error: type[KdstoreError] = DamagedStore) -> dict[str, Any]:
+    """Do as `read_json` for bytes that were read from `path`."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(encoded)
         if not isinstance(content, dict):
             raise ValueError("not an object")
         found = content.pop("digest", None)

@@ -26,6 +26,7 @@ DTYPES = ("float16", "float32", "int8", "uint8", "uint16", "uint32", "int64")
 CHUNK_ROWS = 16
 TOKEN_SHARD_BYTES = 1 << 30
 MAX_CHUNK_BYTES = 1 << 31  # what a reader agrees to allocate for one decoded chunk
+MAX_SHARD_CHUNKS = 1 << 20  # and for the index of one shard: 16 MiB
 GROUP_METADATA = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 _LITTLE_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -161,8 +162,8 @@ class ArraySpec:
                 and _is_core_chain([str(codec["name"]) for codec in inner["codecs"]])
                 and _is_row_layout(spec)
             )
-        except (KeyError, TypeError, ValueError) as e:
-            raise StoreError(f"{name}/zarr.json is not an array of format {FORMAT} ({type(e).__name__}: {e}).") from e
+        except (LookupError, TypeError, ValueError, AttributeError) as e:
+            raise StoreError(f"{name}/zarr.json is not an array of format {FORMAT} ({type(e).__name__}: {str(e)[:200]}).") from e
         if not allowed:
             raise StoreError(f"{name}/zarr.json is not an array of format {FORMAT}: found {json.dumps(metadata)[:300]}.")
         return spec
@@ -223,12 +224,13 @@ def _is_core_chain(names: list[str]) -> bool:
 
 def _is_row_layout(spec: ArraySpec) -> bool:
     ranks_agree = len({len(spec.shape), len(spec.chunk), len(spec.shard), len(spec.dims)}) == 1 and len(spec.shape) >= 1
-    whole = all(isinstance(n, int) and n >= (0 if i == 0 else 1) for i, n in enumerate(spec.shape)) and all(
-        isinstance(n, int) and n >= 1 for n in (*spec.chunk, *spec.shard)
+    whole = all(type(n) is int and n >= (0 if i == 0 else 1) for i, n in enumerate(spec.shape)) and all(  # True is no number of rows
+        type(n) is int and n >= 1 for n in (*spec.chunk, *spec.shard)
     )
     if not (ranks_agree and whole and spec.dtype in DTYPES):
         return False
     in_chunk = (1, *spec.shape[2:]) if spec.has_views else spec.shape[1:]
-    small = spec.chunk[0] * spec.row_bytes <= MAX_CHUNK_BYTES
     rows = (spec.chunk[0], spec.shard[0])
-    return small and spec.chunk[1:] == in_chunk and spec.shard[1:] == spec.shape[1:] and rows[0] <= rows[1] and all(n & (n - 1) == 0 for n in rows)
+    powers = rows[0] <= rows[1] and all(n & (n - 1) == 0 for n in rows)
+    small = spec.chunk[0] * spec.row_bytes <= MAX_CHUNK_BYTES and spec.num_shards <= MAX_SHARDS and spec.chunks_per_shard <= MAX_SHARD_CHUNKS
+    return powers and small and spec.chunk[1:] == in_chunk and spec.shard[1:] == spec.shape[1:]

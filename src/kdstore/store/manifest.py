@@ -1,7 +1,8 @@
 """The manifest: identity, plan, arrays and every file's size, sha256 and rows; and how its files are opened safely.
 
-A store may come from a stranger. So a path in a manifest is checked before it is opened, and a declared size is compared with
-the file's before anything is allocated from it.
+A store may come from a stranger. So the manifest's own size is looked at before it is read, a path in it is checked before it is
+opened, and a declared size is compared with the file's, and with what the format needs, before anything is allocated from it.
+Paths are of lower-case ASCII only: no two of them are one file on a disk that ignores case, and none means more than its letters.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdstore.errors import DamagedStore, IncompleteStore, StoreError, StoreNotFound
-from kdstore.jsonfile import digest_of, read_json
-from kdstore.store.layout import BUILD, FORMAT, MANIFEST
+from kdstore.errors import CannotRead, DamagedStore, IncompleteStore, StoreError, StoreNotFound
+from kdstore.jsonfile import digest_of, parse_json
+from kdstore.store.layout import BESIDE, BUILD, FORMAT, MANIFEST
 
-_INSIDE = re.compile(r"(?!/)(?:(?:\A|/)(?!\.\.?(?:/|\Z))[^/\\\0]+)+")  # parts that are not empty, `.` or `..`; a manifest may list 50,000 paths
+MAX_MANIFEST_BYTES = 1 << 26  # twice that of 14 arrays of 8,192 shards
+MAX_MANIFEST_VALUES = 1 << 22  # an empty list takes 3 bytes of JSON and 64 of memory
+MAX_ROWS = 1 << 48  # row numbers times bytes per row stay within int64
+MAX_METADATA_BYTES = 1 << 20
+_PART = "[a-z0-9_][a-z0-9_.-]*"
+_INSIDE = re.compile(f"{_PART}(?:/{_PART})*")
+_SHA256 = re.compile("[0-9a-f]{64}")
+_RESERVED = {name.lower() for name in (MANIFEST, BUILD, *BESIDE)}
+_NPY_HEADER_BYTES = 10 + 65535  # at most, in version 1.0
 RESTORE = "Restore this file or extract its rows again."
 
 
@@ -67,41 +77,43 @@ class Manifest:
             os.close(fd)
 
     def descriptor(self, path: str) -> int:
-        """Open a listed file for reading, the caller closes it; raises DamagedStore if it is missing, of another size, or outside the store."""
+        """Open a listed file for reading, the caller closes it.
+
+        Raises DamagedStore if it is missing, no regular file, of another size, or outside the store; CannotRead.
+        """
         entry = self.entry(path)
         full = self.root / path
         root = os.path.realpath(self.root)
         if os.path.realpath(full) != os.path.join(root, path):
             raise DamagedStore(f"{full} is a link; files of a store must lie in its folder{entry.said()}.", "Copy the file into the store.")
-        try:
-            fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except (FileNotFoundError, NotADirectoryError) as e:
-            raise DamagedStore(f"{full} is missing{entry.said()}.", RESTORE) from e
+        fd = _open_file(full, entry.said())
         size = os.fstat(fd).st_size
         if size != entry.size:
             os.close(fd)
             raise DamagedStore(f"{full} has {size} bytes, expected {entry.size}{entry.said()}.", RESTORE)
         return fd
 
-    def read(self, path: str) -> bytes:
-        """Return a whole listed file after comparing its sha256; raises DamagedStore."""
-        with self.open(path) as fd, os.fdopen(fd, "rb", closefd=False) as f:
-            content = f.read()
-        entry = self.files[path]
+    def read(self, path: str, at_most: int) -> bytes:
+        """Return a whole listed file of at most that many bytes after comparing its sha256; raises DamagedStore, CannotRead."""
+        entry = self.entry(path)
+        if entry.size > at_most:
+            raise DamagedStore(f"{self.root / path} has {entry.size} bytes, expected {at_most} at most{entry.said()}.", RESTORE)
+        with self.open(path) as fd:
+            content = _read(fd, entry.size, self.root / path)
         if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
             raise DamagedStore(f"{self.root / path} does not match its sha256{entry.said()}.", RESTORE)
         return content
 
     def load(self, path: str, length: int, dtype: str) -> npt.NDArray[Any]:
         """Return the array of a listed .npy file, read-only, its sha256 compared; raises DamagedStore if it is not `length` numbers of `dtype`."""
-        content = self.read(path)
+        content = self.read(path, length * np.dtype(dtype).itemsize + _NPY_HEADER_BYTES)
         stream = io.BytesIO(content)
         try:
             if np.lib.format.read_magic(stream) != (1, 0):
                 raise ValueError("not of version 1.0")
             shape, _, found = np.lib.format.read_array_header_1_0(stream)
             array = np.frombuffer(content, found, offset=stream.tell())
-        except ValueError as e:
+        except (ValueError, TypeError, RecursionError) as e:  # the header is a Python literal
             raise DamagedStore(f"{self.root / path} is not a NumPy file ({e}).", RESTORE) from e
         if shape != (length,) or array.shape != shape or found != np.dtype(dtype):
             raise DamagedStore(f"{self.root / path} holds {shape} {found}, expected {length} {np.dtype(dtype)}.", RESTORE)
@@ -109,33 +121,96 @@ class Manifest:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Read and check `root/manifest.json`; raises StoreNotFound, IncompleteStore, DamagedStore, StoreError (another format)."""
+    """Read and check `root/manifest.json`; raises StoreNotFound, IncompleteStore, DamagedStore, CannotRead, StoreError (another format)."""
     path = root / MANIFEST
-    if not path.is_file():
-        if (root / BUILD).is_dir():
-            raise IncompleteStore(f"{root} has no {MANIFEST}: its extraction has not ended.", "Run the same extract command again to resume it.")
-        raise StoreNotFound(f"There is no store at {root}.", "Check the path, or make one with: kdstore extract --out PATH.")
-    content = read_json(path)
+    content = parse_json(_manifest_bytes(root), path)
     if content.get("format") != FORMAT:
-        raise StoreError(f"{path} is of format {content.get('format')!r}, expected {FORMAT}.", "Read it with the version of kdstore that wrote it.")
+        raise StoreError(f"{path} is of format {str(content.get('format'))[:20]}, expected {FORMAT}.", "Read it with the version of kdstore that wrote it.")
     try:
+        _check_plan(content["plan"])
         files = {_checked_path(name): _entry(entry) for name, entry in content["files"].items()}
         if content["identity_digest"] != digest_of(content["identity"]):
             raise ValueError("identity_digest is not that of identity")
-        content["plan"]["images"], content["plan"]["texts"], content["arrays"].items()
+        if not isinstance(content["identity"].get("teacher", {}), dict):
+            raise ValueError("identity.teacher is not an object")
+        for name in content["arrays"]:
+            _checked_path(name)
+        content["arrays"].items()
     except (LookupError, TypeError, ValueError, AttributeError) as e:
-        raise DamagedStore(f"{path} is not a manifest of format {FORMAT} ({type(e).__name__}: {e}).", "Restore the file from its origin.") from e
+        raise DamagedStore(f"{path} is not a manifest of format {FORMAT} ({type(e).__name__}: {str(e)[:200]}).", "Restore the file from its origin.") from e
     return Manifest(root, content, files)
 
 
+def _manifest_bytes(root: Path) -> bytes:
+    """Read the manifest after a look at its size, and at the number of its values before they become objects."""
+    path = root / MANIFEST
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        if (root / BUILD).is_dir():
+            raise IncompleteStore(f"{root} has no {MANIFEST}: its extraction has not ended.", "Run the same extract command again to resume it.") from e
+        raise StoreNotFound(f"There is no store at {root}.", "Check the path, or make one with: kdstore extract --out PATH.") from e
+    except OSError as e:
+        raise cannot_read(e, path) from e
+    fd = _open_file(path)
+    try:
+        size = os.fstat(fd).st_size
+        content = _read(fd, size, path) if size <= MAX_MANIFEST_BYTES else b""
+    finally:
+        os.close(fd)
+    if size > MAX_MANIFEST_BYTES or sum(map(content.count, (b",", b"[", b"{"))) > MAX_MANIFEST_VALUES:
+        raise DamagedStore(f"{path} is larger than any manifest ({size} bytes).", "Restore the file from its origin.")
+    return content
+
+
+def _open_file(path: Path, said: str = "") -> int:
+    """Open a regular file, never waiting for one that is something else (a FIFO waits for a writer); raises DamagedStore, CannotRead."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise DamagedStore(f"{path} is not a regular file{said}.", RESTORE)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise DamagedStore(f"{path} is missing{said}.", RESTORE) from e
+    except OSError as e:
+        raise cannot_read(e, path, said) from e
+
+
+def cannot_read(error: OSError, path: Path, said: str = "") -> CannotRead:
+    """Turn an error of the file system on reading `path` into ours."""
+    return CannotRead(f"Cannot read {path}{said}: {error.strerror or error}.", "Check the rights and the disk, then try again; the file may be whole.")
+
+
+def _read(fd: int, size: int, path: Path) -> bytes:
+    try:
+        with os.fdopen(fd, "rb", closefd=False) as f:
+            return f.read(size)
+    except OSError as e:
+        raise cannot_read(e, path) from e
+    except MemoryError as e:
+        raise StoreError(f"{path} does not fit into memory ({size} bytes).", "Read it where there is more.") from e
+
+
+def _check_plan(plan: dict[str, Any]) -> None:
+    for name in ("images", "texts", "unit_rows"):
+        if type(plan[name]) is not int or not 0 <= plan[name] <= MAX_ROWS:
+            raise ValueError(f"plan.{name} is {str(plan[name])[:40]}")
+    if plan["unit_rows"].bit_count() != 1 or not isinstance(plan["fingerprint"], str):
+        raise ValueError("plan.unit_rows is not a power of two, or plan.fingerprint no text")
+
+
 def _checked_path(name: str) -> str:
-    if not _INSIDE.fullmatch(name) or name == MANIFEST:
-        raise ValueError(f"{name!r} is not a path inside a store")
+    if not _INSIDE.fullmatch(name) or name.partition("/")[0] in _RESERVED:
+        raise ValueError(f"{name[:200]!r} is not a path inside a store")
     return name
 
 
 def _entry(entry: dict[str, Any]) -> FileEntry:
     size, sha256, rows = entry["size"], entry["sha256"], entry.get("rows")
-    if not isinstance(size, int) or size < 0 or not isinstance(sha256, str):
-        raise ValueError(f"not a file entry: {entry}")
-    return FileEntry(size, sha256, (int(rows[0]), int(rows[1])) if rows else None)
+    if type(size) is not int or size < 0 or not _SHA256.fullmatch(sha256):
+        raise ValueError(f"not a file entry: {str(entry)[:200]}")
+    if rows is None:
+        return FileEntry(size, sha256, None)
+    start, stop = rows
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= MAX_ROWS:
+        raise ValueError(f"not a range of rows: {str(rows)[:200]}")
+    return FileEntry(size, sha256, (start, stop))

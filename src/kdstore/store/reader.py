@@ -6,7 +6,6 @@ so that opening costs the same whatever the number of rows.
 
 from __future__ import annotations
 
-import io
 import json
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kdstore.errors import DamagedStore, MissingFeature, StoreError
 from kdstore.store.gather import ArrayReader
+from kdstore.store.indexfile import read_column
 from kdstore.store.layout import OFFSETS, ArraySpec
 from kdstore.store.manifest import MAX_METADATA_BYTES, RESTORE, Manifest, read_manifest
 from kdstore.store.plan import Side
@@ -144,10 +143,7 @@ class Store:
         if units != slice(None):
             start, stop, _ = units.indices(len(paths))
             paths, rows = paths[units], min(stop * self.unit_rows, rows) - start * self.unit_rows
-        try:
-            parts = [pq.read_table(io.BytesIO(self._manifest.read(path)), columns=[column])[column] for path in paths]
-        except (pa.ArrowException, KeyError) as e:
-            raise DamagedStore(f"{self.path}/index/{side} has no column {column} that can be read ({e}).", RESTORE) from e
+        parts = [read_column(self._manifest, path, column) for path in paths]
         found = sum(len(part) for part in parts)
         if found != rows:
             raise DamagedStore(f"{self.path}/index/{side} holds {found} rows, expected {rows}.", RESTORE)
