@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdstore.cli.options import Json
 from kdstore.cli.screen import bars, say, show
 from kdstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kdstore.store import StoreDifference
 
 store_app = typer.Typer(rich_markup_mode=None, help="Look at a feature store and check it.")
 
@@ -114,6 +117,47 @@ def store_concat(paths: list[Path], out: Out, as_json: Json = False) -> None:
     with bars() as on_progress:
         made = store.concat_stores(paths, out, on_progress=on_progress)
     show(made, as_json)
+
+
+@store_app.command("join")
+def store_join(
+    path: Path,
+    source: Annotated[str, typer.Argument(help="What --data takes.")],
+    content: Annotated[bool, typer.Option("--content/--keys-only", help="Read all images and compare their bytes, or look at keys alone.")] = True,
+    out: Annotated[Path | None, typer.Option(help="A parquet file for the rows that match.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell how a store and a source go together: images that match, that one lacks, and whose bytes differ."""
+    from kdstore import store
+    from kdstore.data.sources import open_source
+
+    with bars() as on_progress:
+        report = store.report_join(store.open_store(path), open_source(source), content=content, out=out, on_progress=on_progress)
+    show(report, as_json)
+
+
+@store_app.command("diff")
+def store_diff(first: Path, second: Path, as_json: Json = False) -> None:
+    """Tell how two stores differ: identity, arrays, rows by key, and the values of common rows."""
+    from dataclasses import asdict
+
+    from kdstore import store
+
+    with bars() as on_progress:
+        found = store.diff_stores(first, second, on_progress=on_progress)
+    show({"same": found.same, **asdict(found)}, as_json, text=_diff_lines(found))
+
+
+def _diff_lines(found: StoreDifference) -> str:
+    fields = {**{f"identity.{name}": both for name, both in found.identity.items()}, **{f"arrays.{name}": both for name, both in found.layout.items()}}
+    lines = [f"{name}: {a or 'nothing'} -> {b or 'nothing'}" for name, (a, b) in fields.items()]
+    lines += [f"images: {found.images_in_both} in both, {found.images_only_in_first} only in the first, {found.images_only_in_second} only in the second"]
+    lines += [f"texts: {found.texts_in_both} in both"]
+    for name, of_array in found.arrays.items():
+        cosine = "" if of_array.cosine_min is None else f", cosine {of_array.cosine_min:.6f} at least, {of_array.cosine_mean:.6f} on average"
+        lines.append(f"{name}: {of_array.unequal} values differ in {of_array.rows} rows, by {of_array.max_abs:.3g} at most{cosine}")
+    lines += [f"not compared: {', '.join(found.not_compared)}"] if found.not_compared else []
+    return "\n".join([*lines, "equal values for the same rows" if found.same else "they differ"])
 
 
 def _names(arrays: str) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from kdstore.store.ahead import gather_ahead
 from kdstore.store.concat import concat_stores
 from kdstore.store.derive import DerivedStore
-from kdstore.store.join import Join, join_sources
+from kdstore.store.diff import ArrayDifference, StoreDifference, diff_stores
+from kdstore.store.join import Join, JoinReport, join_sources, report_join
 from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array
 from kdstore.store.order import Batches, Order
 from kdstore.store.plan import Plan, Unit, fingerprint_of
@@ -18,6 +19,7 @@ from kdstore.store.verify import Damage, VerifyReport, verify_store
 from kdstore.store.writer import Attempt, StoreWriter
 
 __all__ = [
+    "ArrayDifference",
     "ArraySpec",
     "Attempt",
     "Batches",
@@ -25,20 +27,24 @@ __all__ = [
     "DerivedStore",
     "Encoding",
     "Join",
+    "JoinReport",
     "Order",
     "Plan",
     "Rows",
     "Store",
+    "StoreDifference",
     "StoreWriter",
     "Unit",
     "VerifyReport",
     "concat_stores",
+    "diff_stores",
     "embedding_array",
     "fingerprint_of",
     "gather_ahead",
     "join_sources",
     "open_store",
     "recode_store",
+    "report_join",
     "scalar_array",
     "store_stats",
     "subset_store",

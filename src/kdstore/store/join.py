@@ -1,8 +1,11 @@
-"""Joining a store with a source: which source row belongs to which store row, by fingerprint or by key, never by position."""
+"""Joining a store with a source: which source row belongs to which store row, by fingerprint, by key or by content, never by position."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,10 +13,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdstore.data.source import Source
+from kdstore.data.source import Source, UndecodableImage
 from kdstore.errors import JoinError
-from kdstore.store.plan import fingerprint_of, repeated
+from kdstore.jsonfile import write_bytes
+from kdstore.progress import OnProgress, silent
+from kdstore.store.blocks import Int64, in_order
+from kdstore.store.plan import fingerprint_of, parquet_bytes, repeated
 from kdstore.store.reader import Store
+
+_READ_ROWS = 16  # images hashed by one task
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +50,114 @@ class Join:
         return len(self.store_row_of_source) - self.matched
 
 
+@dataclass(frozen=True)
+class JoinReport:
+    """How a store and a source go together; what is known of contents is None where no image was read.
+
+    `matched` counts images with the same key, `content_differs` those of them whose encoded bytes are others than the teacher saw, and
+    `content_unknown` those for which one side has no bytes. `matched_by_content` counts images of other keys with the same bytes: the first
+    of the source for every image of the store. Missing are those that neither matches.
+    """
+
+    images: int
+    pairs: int
+    by: Literal["fingerprint", "key"]
+    matched: int
+    matched_by_content: int | None
+    missing_in_source: int
+    missing_in_store: int
+    content_differs: int | None
+    content_unknown: int | None
+    differing_keys: tuple[str, ...]
+    """The first of them."""
+
+
 def join_sources(store: Store, source: Source) -> Join:
     """Match the rows of a store and a source; raises JoinError if no key matches or a key of the source comes twice.
 
     Equal fingerprints (same keys and captions in the same order) need no matching. Otherwise rows match by key alone: the captions
     that belong to the features are those of the store's index.
     """
+    join = _join_by_key(store, source)
+    if join.by == "key" and not join.matched:
+        source_keys = [source.key(i) for i in range(min(4, len(source)))]
+        raise JoinError(
+            f"No key of {source.spec} ({_some(source_keys)}) is in {store.path} ({_some(store.index('image', 'key')[:4].to_pylist())}).",
+            "Name the source that the store was extracted from, or look for equal contents with: kdstore store join.",
+        )
+    return join
+
+
+def report_join(store: Store, source: Source, *, content: bool = True, out: str | Path | None = None, on_progress: OnProgress = silent) -> JoinReport:
+    """Compare a store with a source by key and, unless `content` is False, by the sha256 of every encoded image, which reads them all.
+
+    `out` names a parquet file to write, and nothing else is written: `store_row`, `source_row`, `by` (key or content) and `content_differs`
+    (null if not known) of every match, in the order of the store. Raises JoinError for a key of the source that comes twice, and what the
+    source raises.
+    """
+    join = _join_by_key(store, source)
+    keys = store.index("image", "key")
+    source_rows, by_content = join.source_row_of_store.copy(), np.zeros(store.num_images, bool)
+    differs, unknown = np.zeros(store.num_images, bool), np.ones(store.num_images, bool)
+    if content:
+        ours, theirs = _as_digests(store.index("image", "sha256").to_pylist()), _source_digests(source, on_progress)
+        for_store, for_source = np.flatnonzero(source_rows < 0), np.flatnonzero(join.store_row_of_source < 0)
+        found = match_digests(ours[for_store], theirs[for_source])
+        source_rows[for_store[found >= 0]] = for_source[found[found >= 0]]
+        by_content[for_store] = found >= 0
+        held = source_rows >= 0
+        unknown[held] = ~(ours[held].any(axis=1) & theirs[source_rows[held]].any(axis=1))
+        differs[held] = ~unknown[held] & (ours[held] != theirs[source_rows[held]]).any(axis=1)
+    matches = np.flatnonzero(source_rows >= 0)
+    if out is not None:
+        columns = {
+            "store_row": matches,
+            "source_row": source_rows[matches],
+            "by": np.where(by_content[matches], "content", "key"),
+            "content_differs": pa.array(differs[matches], mask=unknown[matches]),
+        }
+        write_bytes(Path(out), parquet_bytes(pa.table(columns)))
+    return JoinReport(
+        images=store.num_images,
+        pairs=len(source),
+        by=join.by,
+        matched=join.matched,
+        matched_by_content=int(by_content.sum()) if content else None,
+        missing_in_source=store.num_images - len(matches),
+        missing_in_store=len(source) - len(np.unique(source_rows[matches])),
+        content_differs=int(differs.sum()) if content else None,
+        content_unknown=int((unknown[matches]).sum()) if content else None,
+        differing_keys=tuple(keys.take(pa.array(np.flatnonzero(differs)[:20])).to_pylist()),
+    )
+
+
+def match_digests(digests: npt.NDArray[np.uint8], among: npt.NDArray[np.uint8]) -> Int64:
+    """Return where each of `digests` [A, 32] lies first in `among` [B, 32], -1 if nowhere or if it is all zero (not known).
+
+    The first 64 bits are sorted and searched, which takes 8 bytes per digest; a match counts when all 32 bytes agree.
+    """
+    heads, sought = (np.ascontiguousarray(part[:, :8]).view(">u8")[:, 0].astype(np.uint64) for part in (among, digests))
+    order = np.argsort(heads, kind="stable")
+    heads = heads[order]
+    place, found = np.searchsorted(heads, sought), np.full(len(digests), -1)
+    waiting = np.flatnonzero(digests.any(axis=1))
+    while len(waiting):  # once for nearly all; again only where two digests begin with the same 64 bits
+        waiting = waiting[place[waiting] < len(heads)]
+        waiting = waiting[heads[place[waiting]] == sought[waiting]]
+        candidates = order[place[waiting]]
+        equal = (among[candidates] == digests[waiting]).all(axis=1)
+        found[waiting[equal]] = candidates[equal]
+        waiting = waiting[~equal]
+        place[waiting] += 1
+    return found
+
+
+def positions(keys: pa.Array, among: pa.Array) -> Int64:
+    """Return where each of `keys` lies in `among`, -1 if nowhere."""
+    return pc.index_in(keys, value_set=among).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _join_by_key(store: Store, source: Source) -> Join:
     num_store, num_source = store.num_images, len(source)
     if num_store == num_source and fingerprint_of((source.key(i), source.captions(i)) for i in range(num_source)) == store.fingerprint:
         return Join(np.arange(num_store), np.arange(num_source), "fingerprint")
@@ -55,18 +165,35 @@ def join_sources(store: Store, source: Source) -> Join:
     store_keys = store.index("image", "key").combine_chunks()
     if twice := repeated(source_keys):
         raise JoinError(f"{len(twice)} keys of {source.spec} come more than once: {', '.join(twice[:5])}.", "Choose a key column that is unique.")
-    join = Join(positions(store_keys, source_keys), positions(source_keys, store_keys), "key")
-    if not join.matched:
-        raise JoinError(
-            f"No key of {source.spec} ({_some(source_keys)}) is in {store.path} ({_some(store_keys)}).", "Name the source that the store was extracted from."
-        )
-    return join
+    return Join(positions(store_keys, source_keys), positions(source_keys, store_keys), "key")
 
 
-def positions(keys: pa.Array, among: pa.Array) -> npt.NDArray[np.int64]:
-    """Return where each of `keys` lies in `among`, -1 if nowhere."""
-    return pc.index_in(keys, value_set=among).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+def _source_digests(source: Source, on_progress: OnProgress) -> npt.NDArray[np.uint8]:
+    """Return the sha256 [S, 32] of every encoded image, zeros where there are no bytes; reading and decoding run on all of dask's workers."""
+
+    def read(start: int, stop: int) -> npt.NDArray[np.uint8]:
+        return _as_digests([_sha256(source, i) for i in range(start, stop)])
+
+    digests = np.zeros((len(source), 32), np.uint8)
+    starts = range(0, len(source), _READ_ROWS)
+    blocks = [(start, min(start + _READ_ROWS, len(source))) for start in starts]
+    for (start, stop), found in zip(blocks, in_order(read, blocks), strict=True):
+        digests[start:stop] = found
+        on_progress("images read", stop, len(source), "")
+    return digests
 
 
-def _some(keys: pa.Array) -> str:
-    return ", ".join(keys[:3].to_pylist()) + (", ..." if len(keys) > 3 else "") if len(keys) else "no keys"
+def _sha256(source: Source, i: int) -> str:
+    try:
+        return source.image(i).sha256
+    except UndecodableImage as e:
+        return e.sha256
+
+
+def _as_digests(hexes: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """Decode sha256 in hex to [rows, 32], '' to zeros."""
+    return np.frombuffer(b"".join(bytes.fromhex(text).ljust(32, b"\0") for text in hexes), np.uint8).reshape(-1, 32)
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(itertools.islice(keys, 3)) + (", ..." if len(keys) > 3 else "") if keys else "no keys"
