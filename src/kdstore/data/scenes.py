@@ -439,6 +439,8 @@ _ASK: dict[str, Callable[[_Dice, Scene], _Asked | None]] = dict(
 class Scenes:
     """The first `size` scenes of a split as a source of image-caption pairs."""
 
+    notices: tuple[str, ...] = ()
+
     def __init__(self, split: str = "train", size: int | None = None) -> None:
         if split not in SPLITS:
             raise UnknownName.of("scenes split", split, SPLITS)

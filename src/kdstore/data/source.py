@@ -6,12 +6,10 @@ Captions and keys are known without reading an image, so that a run can freeze i
 
 from __future__ import annotations
 
-import hashlib
-import io
 from dataclasses import dataclass
 from typing import Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,15 @@ class UndecodableImage(Exception):
 class Source(Protocol):
     """An indexed list of image-caption pairs."""
 
-    spec: str
-    """Resolved text that `open_source` takes again; stores record it."""
+    @property
+    def spec(self) -> str:
+        """Resolved text that `open_source` takes again; stores record it."""
+        ...
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should know of the data: samples left out, equal content, keys that are only positions."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -66,16 +71,3 @@ class Source(Protocol):
     def image(self, i: int) -> LoadedImage:
         """Decode image `i`; raises UndecodableImage."""
         ...
-
-
-def decode_image(content: bytes) -> LoadedImage:
-    """Decode an encoded image to RGB, upright by its EXIF orientation, transparency left out as open_clip does; raises UndecodableImage."""
-    sha256 = hashlib.sha256(content).hexdigest()
-    if not content:
-        raise UndecodableImage("the file is empty", sha256)
-    try:
-        with Image.open(io.BytesIO(content)) as encoded:
-            image = ImageOps.exif_transpose(encoded).convert("RGB")
-    except Exception as e:  # Pillow's decoders let through struct's, zlib's and their own errors, and one image must not end a run
-        raise UndecodableImage(f"{type(e).__name__}: {e}".replace("\n", " ")[:200], sha256) from e
-    return LoadedImage(image, sha256)

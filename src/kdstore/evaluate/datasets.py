@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kdstore.data.images import decode_image
 from kdstore.data.scenes import Scenes
-from kdstore.data.source import LoadedImage, UndecodableImage, decode_image
+from kdstore.data.source import LoadedImage, UndecodableImage
 from kdstore.errors import EvaluationError, UnknownName
 from kdstore.metrics.vqa import normalize_answer
 
