@@ -26,7 +26,7 @@ SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def open_writer(path: Path) -> StoreWriter:
-    return StoreWriter.open(path, plan=PLAN, arrays=SPECS, identity={"teacher": "any"})
+    return StoreWriter.open(path, plan=PLAN, arrays=SPECS, identity={})
 
 
 def write_unit(writer: StoreWriter, unit: Unit, step: int, rows: int | None = None) -> None:

@@ -160,7 +160,6 @@ def test_a_store_that_is_let_go_leaves_nothing_mapped(path: Path) -> None:
         assert np.count_nonzero(mapping._ranges[:, 0]) == before + 2
         assert f"{path / SHARD}" in maps.read_text()
         del store
-        gc.collect()
         assert np.count_nonzero(mapping._ranges[:, 0]) == before
         assert f"{path}" not in maps.read_text()
 
