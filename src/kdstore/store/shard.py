@@ -26,6 +26,7 @@ from kdstore.jsonfile import disk_error
 from kdstore.store.layout import PLAIN, ZSTD, ArraySpec
 
 CRC_BYTES = 4
+WRITE_BYTES = 4 << 20  # written at once and at multiples of it, so that the page cache may hold and map a shard in huge pages
 _MISSING = 2**64 - 1
 _ZSTD = Zstd(level=1, checksum=False)
 Bytes = npt.NDArray[np.uint8]
@@ -48,13 +49,15 @@ class HashedFile:
         self.size = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "xb", buffering=1 << 20)  # noqa: SIM115 - closed by close or abandon
+            self._file = open(path, "xb", buffering=WRITE_BYTES)  # noqa: SIM115 - closed by close or abandon
         except OSError as e:
             raise disk_error(e, path) from e
 
     def write(self, content: bytes | memoryview) -> None:
+        room = WRITE_BYTES - self.size % WRITE_BYTES
         try:
-            self._file.write(content)
+            self._file.write(content[:room])
+            self._file.write(content[room:])
         except OSError as e:
             raise disk_error(e, self._path) from e
         self._sha256.update(content)
