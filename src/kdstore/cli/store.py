@@ -46,7 +46,7 @@ def store_verify(path: Path, as_json: Json = False) -> None:
 
 @store_app.command("stats")
 def store_stats(
-    path: Path, max_samples: Annotated[int, typer.Option(min=1, help="Vectors of the covariance's spectrum, at most.")] = 1_000_000, as_json: Json = False
+    path: Path, max_samples: Annotated[int, typer.Option(min=1, help="Vectors of the covariance's spectrum, at most.")] = 262_144, as_json: Json = False
 ) -> None:
     """Measure norms, mean, variance, the covariance's spectrum and values that are not finite of every array; written to stats.json."""
     from kdstore import store
