@@ -26,7 +26,7 @@ def is_coco(path: Path) -> bool:
     """Whether a .json file begins like one of COCO's: an object with a list of images or annotations."""
     with open(path, "rb") as f:
         head = f.read(_HEAD)
-    return head.lstrip().startswith(b"{") and re.search(rb'"(images|annotations)"\s*:\s*\[\s*\{', head) is not None
+    return head.lstrip().startswith(b"{") and re.search(rb'"(images|annotations)"\s*:\s*\[\s*[{\]]', head) is not None
 
 
 def open_coco(spec: str, path: Path, options: dict[str, str]) -> ColumnSource:

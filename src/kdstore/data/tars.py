@@ -153,5 +153,6 @@ def _alternatives(inside: str) -> list[str]:
     first, last = map(int, span.groups())
     if abs(last - first) > _MOST_TARS:
         raise SourceError(f"{{{inside}}} names more than {_MOST_TARS:,} tars.", "Correct the numbers in the braces.")
-    width = len(span[1]) if span[1].startswith("0") or span[2].startswith("0") else 0
+    padded = any(text.startswith("0") and len(text) > 1 for text in span.groups())
+    width = max(map(len, span.groups())) if padded else 0
     return [f"{n:0{width}}" for n in range(first, last + (1 if last >= first else -1), 1 if last >= first else -1)]
