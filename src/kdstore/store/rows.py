@@ -5,7 +5,7 @@ One array each: `torch.utils.data.StackDataset` puts several together and `Subse
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,3 @@ class Rows:
         """Return a batch [B, ...] in one gather: PyTorch asks for this with the list that its batch sampler gave."""
         views = self.view if self.store.arrays[self.name].has_views else None
         return self.store.gather(self.name, np.asarray(rows), views)
-
-    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
-        return (self[row] for row in range(len(self)))
