@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kdstore.data.images import DECODING
 from kdstore.data.scenes import Scenes
 from kdstore.data.sources import open_source
 from kdstore.errors import DiskFull, IdentityMismatch, KdstoreError, ModelError, SourceError
@@ -53,6 +54,18 @@ def test_batch_size_and_threads_do_not_enter_the_identity(tmp_path):
     assert again.written_images == 0
 
 
+def test_what_a_source_has_to_say_and_equal_content_are_said(tmp_path):
+    for k in range(40):
+        Image.new("RGB", (64, 64), (k % 38, 9, 9)).save(tmp_path / f"{k}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{k}.png,number {k}\n" for k in range(40)))
+    result = extract(config(tmp_path / "s", data=str(tmp_path)))
+    assert result.notices == ("2 of 40 images have the content of another under another key.",)
+    joined = extract(config(tmp_path / "t", data=f"{tmp_path}?key=sha256"))
+    assert joined.images == 38
+    assert joined.notices == ("2 of 40 images have the content of another; their captions are joined.",)
+    assert open_store(tmp_path / "t").identity["decoding"] == DECODING
+
+
 def test_an_undecodable_image_keeps_its_row_and_is_counted(tmp_path):
     for k in range(5):
         Image.new("RGB", (70, 64), (50 * k, 9, 9)).save(tmp_path / f"{k}.png")
@@ -69,7 +82,7 @@ def test_an_undecodable_image_keeps_its_row_and_is_counted(tmp_path):
     assert np.isnan(store.gather("image/embedding", [2])).all()
     assert np.isnan(store.gather("image/tokens", [2])).all()
     assert np.isfinite(store.gather("image/embedding", [0, 1, 3, 4])).all()
-    assert "UnidentifiedImageError" in store.index("image", "reason")[2].as_py()
+    assert store.index("image", "reason")[2].as_py() == "not an image of a known format"
     assert store.gather("text/embedding", np.arange(5)).shape == (5, 64)
 
 

@@ -22,6 +22,7 @@ import open_clip
 import torch
 
 from kdstore import __version__
+from kdstore.data.images import DECODING, reason_of
 from kdstore.data.source import Source, UndecodableImage
 from kdstore.data.sources import open_source
 from kdstore.errors import DiskFull, ModelError, SourceError
@@ -31,7 +32,7 @@ from kdstore.models.encode import encode_image, encode_image_tokens, encode_text
 from kdstore.models.load import Model, load_model
 from kdstore.models.names import resolve
 from kdstore.progress import OnProgress, silent
-from kdstore.store import ArraySpec, Attempt, Plan, StoreWriter, Unit, embedding_array, scalar_array, token_array
+from kdstore.store import ArraySpec, Attempt, Plan, Store, StoreWriter, Unit, embedding_array, open_store, scalar_array, token_array
 
 CHECKED_PAIRS = 64  # pairs of the sanity check
 LONG_RUN = 512  # images from which the check is worth its time
@@ -79,9 +80,9 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     source = source or open_source(config.data)
     seed = config.untrained_seed
     name = resolve(config.teacher, config.pretrained, untrained=seed is not None)
-    notices = [name.notice] if name.notice else []
-    if name.notice:
-        on_progress("notice", 0, 0, name.notice)  # before the weights are fetched
+    notices = [*source.notices, *([name.notice] if name.notice else [])]
+    for notice in notices:
+        on_progress("notice", 0, 0, notice)  # before the weights are fetched
     on_progress("load", 0, 1, config.teacher)
     model = load_model(config.teacher, config.pretrained, device=config.device, precision=config.precision, untrained=seed is not None, seed=seed or 0)
     on_progress("load", 1, 1, config.teacher)
@@ -113,6 +114,9 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     if run.invalid:
         notices.append(f"{run.invalid} of {plan.num_images} images cannot be decoded; their rows are NaN, and the store's index says why.")
         on_progress("warning", 0, 0, notices[-1])
+    if repeated := _repeated_content(open_store(out), plan):
+        notices.append(f"{repeated} of {plan.num_images} images have the content of another under another key.")
+        on_progress("notice", 0, 0, notices[-1])
     return ExtractResult(
         path=str(out),
         digest=digest,
@@ -125,6 +129,13 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
         images_per_second=round(run.images / seconds, 2),
         notices=tuple(notices),
     )
+
+
+def _repeated_content(store: Store, plan: Plan) -> int:
+    """Count the images whose encoded bytes are those of another, by 64 bits of their hashes."""
+    columns = (store.index("image", "sha256", slice(unit.number, unit.number + 1)) for unit in plan.units if unit.side == "image")
+    hashes = np.concatenate([np.array([int(text[:16], 16) for text in column.to_pylist() if text], np.uint64) for column in columns])
+    return len(hashes) - len(np.unique(hashes))
 
 
 def _account(run: _Run, seconds: float, check: dict[str, Any] | None, *, resumed: bool) -> dict[str, Any]:
@@ -163,13 +174,13 @@ def planned_arrays(config: ExtractConfig, model: Model, plan: Plan) -> list[Arra
 
 
 def store_identity(config: ExtractConfig, model: Model, plan: Plan) -> dict[str, Any]:
-    """Build what the features depend on: teacher, preprocessing, tokenizer, source, and how each array is encoded."""
+    """Build what the features depend on: teacher, preprocessing, tokenizer, how images are decoded, source, and how each array is encoded."""
     encoding = {"norm": "none", "precision": config.precision, "views": ["plain"]}
     arrays = {f"{side}/embedding": {**encoding, "layer": "output"} for side in ("image", "text")}
     for side in ("image", "text"):
         if config.tokens in (side, "both"):
             arrays[f"{side}/tokens"] = {**encoding, "layer": "last, after the final norm"}
-    return {**model.identity, "source": {"fingerprint": plan.fingerprint}, "arrays": arrays}
+    return {**model.identity, "decoding": DECODING, "source": {"fingerprint": plan.fingerprint}, "arrays": arrays}
 
 
 def _write_images(run: _Run, attempt: Attempt, unit: Unit) -> None:
@@ -244,7 +255,7 @@ def _decode(source: Source, model: Model, row: int) -> _Decoded:
     try:
         return model.preprocess(loaded.image), info
     except Exception as e:  # what torchvision and Pillow raise for an image that they cannot resize
-        return None, {**info, "valid": 0, "reason": f"{type(e).__name__}: {e}".replace("\n", " ")[:200]}
+        return None, {**info, "valid": 0, "reason": reason_of(e)}
 
 
 def _block(run: _Run, name: str, features: torch.Tensor | None, valid: np.ndarray) -> np.ndarray:
