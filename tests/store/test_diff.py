@@ -78,5 +78,6 @@ def test_texts_with_another_caption_are_left_out_and_missing_arrays_are_named(pr
     dataclasses.replace(sample, rows=rows, plan=plan, specs=sample.specs[1:]).write(tmp_path / "store")
     found = diff_stores(pristine, tmp_path / "store")
     assert (found.images_in_both, found.texts_in_both) == (45, 66 - len(rows[7][1]))
+    assert found.texts_only_in_first == found.texts_only_in_second == len(rows[7][1])
     assert found.not_compared == ("image/embedding",)
     assert not found.same

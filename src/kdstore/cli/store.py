@@ -152,7 +152,7 @@ def _diff_lines(found: StoreDifference) -> str:
     fields = {**{f"identity.{name}": both for name, both in found.identity.items()}, **{f"arrays.{name}": both for name, both in found.layout.items()}}
     lines = [f"{name}: {a or 'nothing'} -> {b or 'nothing'}" for name, (a, b) in fields.items()]
     lines += [f"images: {found.images_in_both} in both, {found.images_only_in_first} only in the first, {found.images_only_in_second} only in the second"]
-    lines += [f"texts: {found.texts_in_both} in both"]
+    lines += [f"texts: {found.texts_in_both} in both, {found.texts_only_in_first} only in the first, {found.texts_only_in_second} only in the second"]
     for name, of_array in found.arrays.items():
         cosine = "" if of_array.cosine_min is None else f", cosine {of_array.cosine_min:.6f} at least, {of_array.cosine_mean:.6f} on average"
         lines.append(f"{name}: {of_array.unequal} values differ in {of_array.rows} rows, by {of_array.max_abs:.3g} at most{cosine}")
@@ -165,9 +165,9 @@ def _names(arrays: str) -> list[str]:
 
 
 def _slice(text: str) -> slice:
-    start, colon, stop = text.partition(":")
     try:
-        return slice(int(start) if start else None, int(stop) if stop else None) if colon else slice(int(start), int(start) + 1 or None)
+        start, stop = (int(bound) if bound else None for bound in text.split(":"))
+        return slice(start, stop)
     except ValueError as e:
         raise ConfigError(f"--rows is START:STOP, found '{text}'.", "For the first thousand rows: --rows :1000.") from e
 

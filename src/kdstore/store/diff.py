@@ -45,6 +45,8 @@ class StoreDifference:
     images_only_in_first: int
     images_only_in_second: int
     images_in_both: int
+    texts_only_in_first: int
+    texts_only_in_second: int
     texts_in_both: int
     arrays: dict[str, ArrayDifference]
     not_compared: tuple[str, ...]
@@ -52,7 +54,8 @@ class StoreDifference:
     @property
     def same(self) -> bool:
         """Whether both hold equal values for the same rows; how they are encoded and where they come from may differ."""
-        return not (self.images_only_in_first or self.images_only_in_second or self.not_compared or any(found.unequal for found in self.arrays.values()))
+        apart = self.images_only_in_first + self.images_only_in_second + self.texts_only_in_first + self.texts_only_in_second
+        return not (apart or self.not_compared or any(found.unequal for found in self.arrays.values()))
 
 
 def diff_stores(first: str | Path, second: str | Path, *, on_progress: OnProgress = silent) -> StoreDifference:
@@ -72,6 +75,8 @@ def diff_stores(first: str | Path, second: str | Path, *, on_progress: OnProgres
         a.num_images - len(images_a),
         b.num_images - len(images_b),
         len(images_a),
+        a.num_texts - len(texts_a),
+        b.num_texts - len(texts_b),
         len(texts_a),
         arrays,
         tuple(sorted((a.arrays.keys() | b.arrays.keys()) - set(comparable))),

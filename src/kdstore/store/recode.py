@@ -42,9 +42,7 @@ def recode_store(
     """
     store = open_store(path)
     changes = _changes(encoding)
-    recoded = choose(store, arrays) if arrays else [name for name in choose(store, ()) if name.endswith(("/embedding", "/tokens"))]
-    if arrays:
-        recoded = [name for name in recoded if name in arrays]
+    recoded = [name for name in choose(store, arrays) if (name in arrays if arrays else name.endswith(("/embedding", "/tokens")))]
     if encoding.dtype and (codes := [name for name in recoded if not store.arrays[name].dtype.startswith("float")]):
         raise ConfigError(f"{', '.join(codes)} hold no floats, so they cannot become {encoding.dtype}.", "Name the arrays to recode with --arrays.")
     parts = [Part.of(store)]
