@@ -163,7 +163,7 @@ def test_verify_exits_with_one_and_names_file_and_rows(store, tmp_path, here):
     done = here("store", "verify", copy)
     assert done.returncode == 1
     assert str(shard.relative_to(copy)) in done.stderr
-    assert "rows 0 to 63" in done.stderr
+    assert "rows 0 to 15" in done.stderr
 
 
 def test_the_default_path_of_a_store_is_the_short_name_of_its_teacher(tmp_path, here):

@@ -79,7 +79,10 @@ def test_damage_to_a_file_of_any_kind_is_found_by_verify_and_by_a_reader(copied:
         damage(copied / name)
         (found,) = verify_store(copied).damaged
         assert found.path == name
-        assert list(found.rows or ()) == files[name].get("rows", [])
+        start, stop = found.rows or (0, 0)
+        first, last = files[name].get("rows", (0, 0))
+        assert first <= start <= stop <= last  # the rows of the damaged chunk, or all
+        assert (start < stop) == (first < last)
         if name not in ("zarr.json", "image/zarr.json", "text/zarr.json"):  # groups, of use to Zarr readers only
             with pytest.raises(DamagedStore, match=name):
                 read_all(copied)
@@ -173,7 +176,7 @@ def test_a_gigantic_declared_shape_allocates_nothing(copied: Path) -> None:
                 (copied / name / "zarr.json").write_bytes(content)
                 manifest["files"][f"{name}/zarr.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
-    _forge(copied, lambda manifest: manifest["plan"].update(images=10**13))
+    _forge(copied, lambda manifest: manifest["plan"].update(images=10**13, unit_rows=2**31))
     with pytest.raises(DamagedStore, match="has 45 rows, expected 10000000000000"):
         open_store(copied)
     _forge(copied, lie)
@@ -187,8 +190,8 @@ def test_a_gigantic_declared_shape_allocates_nothing(copied: Path) -> None:
 def test_a_listed_file_of_another_kind_is_damage(copied: Path, name: str) -> None:
     (copied / name).write_bytes(b"another kind")
     _forge(copied, lambda manifest: manifest["files"][name].update(size=12, sha256=hashlib.sha256(b"another kind").hexdigest()))
-    assert verify_store(copied).ok
-    with pytest.raises(DamagedStore, match=name.removesuffix("/00000.parquet")):
+    assert [damage.path for damage in verify_store(copied).damaged] == [name]
+    with pytest.raises(DamagedStore, match=name):
         read_all(copied)
 
 

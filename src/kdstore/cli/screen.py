@@ -32,13 +32,14 @@ def say(text: str) -> None:
 def bars() -> Iterator[OnProgress]:
     """Draw a bar per stage on stderr, with rate and time left; a notice is printed above them."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     _quiet_libraries()
     _keep_freed_memory()
     console = Console(stderr=True)
-    name, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
-    columns = (name, BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), note)
+    name, amount, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[amount]}", "{task.fields[note]}"))
+    columns = (name, BarColumn(24), amount, TimeRemainingColumn(), note)
     tasks: dict[str, TaskID] = {}
     bars = Progress(*columns, console=console, refresh_per_second=4)
 
@@ -47,9 +48,10 @@ def bars() -> Iterator[OnProgress]:
             console.print(f"{stage}: {note}", style="yellow" if stage == "warning" else None, markup=False, highlight=False, soft_wrap=True)
             return
         bars.start()  # at the first report, so that an error before it is one line alone
+        amount = f"{decimal(done)}/{decimal(total)}" if stage == "bytes" else f"{done}/{total}"
         if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total, note=note)
-        bars.update(tasks[stage], completed=done, total=total, note=note)
+            tasks[stage] = bars.add_task(stage, total=total, note=note, amount=amount)
+        bars.update(tasks[stage], completed=done, total=total, note=note, amount=amount)
 
     try:
         yield on_progress

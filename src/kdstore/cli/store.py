@@ -27,21 +27,33 @@ def store_info(path: Path, as_json: Json = False) -> None:
 
 
 @store_app.command("verify")
-def store_verify(path: Path, as_json: Json = False) -> None:
-    """Compare every byte of a store with its manifest; exit code 1 names every damaged file and its rows."""
+def store_verify(
+    path: Path,
+    sample: Annotated[str | None, typer.Option(help="Read only so much, such as 5% or 20GB: some chunks of every shard.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sample; another one each time if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a store: its structure, then its bytes. Exit code 0: whole; 1: damaged, every file and its rows are named; 2: cannot be read."""
+    from kdstore.errors import ConfigError, DamagedStore, KdstoreError
     from kdstore.store import verify_store
 
-    with bars() as on_progress:
-        report = verify_store(path, on_progress=on_progress)
-    if as_json:
-        show(report, as_json)
-    elif not report.damaged:
-        print(f"{path}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB, whole ({report.digest}).")
-    for damage in report.damaged:
-        rows = "the whole store" if damage.rows is None else f"rows {damage.rows[0]} to {damage.rows[1] - 1}"
-        say(f"damaged: {damage.path} ({rows}) {damage.reason}")
-    if report.damaged:
-        raise typer.Exit(1)
+    try:
+        with bars() as on_progress:
+            report = verify_store(path, sample=sample, seed=seed, on_progress=on_progress)
+    except (ConfigError, DamagedStore):
+        raise
+    except KdstoreError as e:
+        say(f"error: {e}")
+        raise typer.Exit(2) from e
+    for what, found in (("damaged", report.damaged), ("cannot be read", report.unreadable)):
+        for damage in found:
+            rows = "the whole store" if damage.rows is None else f"rows {damage.rows[0]} to {damage.rows[1] - 1}"
+            say(f"{what}: {damage.path} ({rows}) {damage.reason}")
+    read = "" if report.seed is None else f", {100 * report.read_bytes / max(1, report.num_bytes):.2g} % of the bytes read (--seed {report.seed})"
+    said = f"{path}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB{read}, {'whole' if report.ok else 'not whole'} ({report.digest})."
+    show(report, as_json, text=said)
+    if not report.ok:
+        raise typer.Exit(1 if report.damaged else 2)
 
 
 @store_app.command("stats")

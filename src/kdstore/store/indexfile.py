@@ -7,6 +7,8 @@ walked before Arrow sees them, and texts stay a dictionary until it is known how
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +20,7 @@ from kdstore.store.manifest import RESTORE, Manifest
 
 ROW_BYTES = 1 << 14  # what a row may take in one column, on average
 SLACK_BYTES = 1 << 24  # and what a file of few rows may take beyond
+_REFUSALS = (pa.ArrowException, LookupError, ValueError, OSError)  # Arrow's own are some of each
 _INTEGERS, _NO_BYTES, _FIXED, _BINARY, _STRUCT = (4, 5, 6), (1, 2), {3: 1, 7: 8}, 8, 12  # types of thrift's compact protocol
 
 
@@ -27,10 +30,8 @@ def read_column(manifest: Manifest, path: str, column: str) -> pa.ChunkedArray:
     limit = (stop - start) * ROW_BYTES + SLACK_BYTES
     content = manifest.read(path, limit)
     try:
-        file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=[column], thrift_string_size_limit=limit, thrift_container_size_limit=1 << 16)
+        file = _open(pa.BufferReader(content), stop - start, limit, [column])
         metadata = file.metadata
-        if metadata.num_rows != stop - start:
-            raise ValueError(f"it holds {metadata.num_rows} rows, expected {stop - start}")
         place = metadata.schema.names.index(column)
         if len(set(metadata.schema.names)) != len(file.schema_arrow.names) or not _is_flat(file.schema_arrow.field(column).type):
             raise ValueError("it has a column that is not of numbers or texts")
@@ -39,9 +40,29 @@ def read_column(manifest: Manifest, path: str, column: str) -> pa.ChunkedArray:
             raise ValueError(f"its pages hold more than {limit} bytes")
         values = file.read(columns=[column], use_threads=False)[column]
         return _dense(values, limit) if pa.types.is_dictionary(values.type) else values
-    except (pa.ArrowException, LookupError, ValueError, OSError) as e:
-        said = str(e).splitlines()[0][:200]
-        raise DamagedStore(f"{manifest.root / path} has no column {column} that can be read ({said}).", RESTORE) from e
+    except _REFUSALS as e:
+        raise DamagedStore(f"{manifest.root / path} has no column {column} that can be read ({_line(e)}).", RESTORE) from e
+
+
+def check_rows(manifest: Manifest, path: str) -> None:
+    """Raise DamagedStore unless the footer of a listed index file says as many rows as the manifest."""
+    start, stop = manifest.entry(path).rows or (0, 0)
+    with manifest.open(path) as fd, os.fdopen(fd, "rb", closefd=False) as f:
+        try:
+            _open(f, stop - start, (stop - start) * ROW_BYTES + SLACK_BYTES)
+        except _REFUSALS as e:
+            raise DamagedStore(f"{manifest.root / path} is not an index file ({_line(e)}).", RESTORE) from e
+
+
+def _open(stream: Any, rows: int, limit: int, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+    file = pq.ParquetFile(stream, read_dictionary=dictionaries, thrift_string_size_limit=limit, thrift_container_size_limit=1 << 16)
+    if file.metadata.num_rows != rows:
+        raise ValueError(f"it holds {file.metadata.num_rows} rows, expected {rows}")
+    return file
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _is_flat(kind: pa.DataType) -> bool:

@@ -24,16 +24,18 @@ import numpy.typing as npt
 from kdstore.errors import CannotRead, DamagedStore, IncompleteStore, StoreError, StoreNotFound
 from kdstore.jsonfile import digest_of, parse_json
 from kdstore.store.layout import BESIDE, BUILD, FORMAT, MANIFEST
+from kdstore.store.plan import MAX_SHARDS
 
 MAX_MANIFEST_BYTES = 1 << 26  # twice that of 14 arrays of 8,192 shards
 MAX_MANIFEST_VALUES = 1 << 22  # an empty list takes 3 bytes of JSON and 64 of memory
 MAX_ROWS = 1 << 48  # row numbers times bytes per row stay within int64
+MAX_ARRAYS = 64
 MAX_METADATA_BYTES = 1 << 20
 _PART = "[a-z0-9_][a-z0-9_.-]*"
 _INSIDE = re.compile(f"{_PART}(?:/{_PART})*")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _RESERVED = {name.lower() for name in (MANIFEST, BUILD, *BESIDE)}
-_NPY_HEADER_BYTES = 10 + 65535  # at most, in version 1.0
+NPY_HEADER_BYTES = 10 + 65535  # at most, in version 1.0
 RESTORE = "Restore this file or extract its rows again."
 
 
@@ -106,18 +108,21 @@ class Manifest:
 
     def load(self, path: str, length: int, dtype: str) -> npt.NDArray[Any]:
         """Return the array of a listed .npy file, read-only, its sha256 compared; raises DamagedStore if it is not `length` numbers of `dtype`."""
-        content = self.read(path, length * np.dtype(dtype).itemsize + _NPY_HEADER_BYTES)
-        stream = io.BytesIO(content)
+        content = self.read(path, length * np.dtype(dtype).itemsize + NPY_HEADER_BYTES)
+        return np.frombuffer(content, dtype, offset=self.npy_offset(path, content, length, dtype))
+
+    def npy_offset(self, path: str, head: bytes, length: int, dtype: str) -> int:
+        """Return where the numbers of a listed .npy file begin, from its first bytes; raises DamagedStore if they are not `length` numbers of `dtype`."""
+        stream = io.BytesIO(head[:NPY_HEADER_BYTES])
         try:
             if np.lib.format.read_magic(stream) != (1, 0):
                 raise ValueError("not of version 1.0")
             shape, _, found = np.lib.format.read_array_header_1_0(stream)
-            array = np.frombuffer(content, found, offset=stream.tell())
         except (ValueError, TypeError, RecursionError) as e:  # the header is a Python literal
-            raise DamagedStore(f"{self.root / path} is not a NumPy file ({e}).", RESTORE) from e
-        if shape != (length,) or array.shape != shape or found != np.dtype(dtype):
+            raise DamagedStore(f"{self.root / path} is not a NumPy file ({str(e)[:200]}).", RESTORE) from e
+        if shape != (length,) or found != np.dtype(dtype) or self.entry(path).size != stream.tell() + length * found.itemsize:
             raise DamagedStore(f"{self.root / path} holds {shape} {found}, expected {length} {np.dtype(dtype)}.", RESTORE)
-        return array
+        return stream.tell()
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -133,9 +138,8 @@ def read_manifest(root: Path) -> Manifest:
             raise ValueError("identity_digest is not that of identity")
         if not isinstance(content["identity"].get("teacher", {}), dict):
             raise ValueError("identity.teacher is not an object")
-        for name in content["arrays"]:
-            _checked_path(name)
-        content["arrays"].items()
+        if len([_checked_path(name) for name, _ in content["arrays"].items()]) > MAX_ARRAYS:
+            raise ValueError(f"more than {MAX_ARRAYS} arrays")
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise DamagedStore(f"{path} is not a manifest of format {FORMAT} ({type(e).__name__}: {str(e)[:200]}).", "Restore the file from its origin.") from e
     return Manifest(root, content, files)
@@ -194,6 +198,8 @@ def _check_plan(plan: dict[str, Any]) -> None:
     for name in ("images", "texts", "unit_rows"):
         if type(plan[name]) is not int or not 0 <= plan[name] <= MAX_ROWS:
             raise ValueError(f"plan.{name} is {str(plan[name])[:40]}")
+    if max(plan["images"], plan["texts"]) > MAX_SHARDS * plan["unit_rows"]:
+        raise ValueError(f"plan.unit_rows of {plan['unit_rows']} makes more than {MAX_SHARDS} units")
     if plan["unit_rows"].bit_count() != 1 or not isinstance(plan["fingerprint"], str):
         raise ValueError("plan.unit_rows is not a power of two, or plan.fingerprint no text")
 

@@ -32,7 +32,7 @@ class Store:
         self.path = manifest.root
         self.manifest = manifest.content
         self._manifest = manifest
-        self.arrays: dict[str, ArraySpec] = {name: _spec(manifest, name) for name in manifest.content["arrays"]}
+        self.arrays: dict[str, ArraySpec] = {name: array_spec(manifest, name) for name in manifest.content["arrays"]}
         self._readers: dict[str, ArrayReader] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -163,7 +163,8 @@ def _open_again(path: Path, digest: str) -> Store:
     return store
 
 
-def _spec(manifest: Manifest, name: str) -> ArraySpec:
+def array_spec(manifest: Manifest, name: str) -> ArraySpec:
+    """Read an array's `zarr.json`; raises DamagedStore unless it is what the manifest says, StoreError for what format 1 does not allow."""
     try:
         metadata = json.loads(manifest.read(f"{name}/zarr.json", MAX_METADATA_BYTES))
     except (ValueError, RecursionError) as e:
