@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from kdstore.errors import SourceError
 
@@ -55,23 +55,57 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tuple[str, Member]]:
     size = file.seek(0, 2)
     file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # otherwise every header stays in memory
-                if info.issparse():
-                    raise SourceError(f"{path}: the member '{_shown(info.name)}' is a sparse file.", "Write the tar without --sparse.")
-                if info.offset_data + info.size > size:
-                    raise tarfile.ReadError(f"a member ends at {info.offset_data + info.size:,} of {size:,} bytes")
-                key, suffix = _parts(info.name)
-                if info.isreg() and key:
-                    yield key, Member(suffix, info.offset_data, info.size)
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end mark and no further member at byte {tar.offset:,} of {size:,}")
+        for name, offset, length in _files(file):
+            if offset + length > size:
+                raise tarfile.ReadError(f"a member ends at {offset + length:,} of {size:,} bytes")
+            key, suffix = _parts(name)
+            if key:
+                yield key, Member(suffix, offset, length)
     except (tarfile.TarError, ValueError, OverflowError) as e:
         raise SourceError(f"{path} is not a whole tar: {e}.", HINT) from e
     except OSError as e:
         raise SourceError(f"Cannot read {path}: {e.strerror}.", HINT) from e
+
+
+def _files(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Yield name, offset and size of every regular file, up to the end mark; raises tarfile.TarError."""
+    position = 0
+    tar: Any  # the stubs of tarfile leave out what is needed here
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        tar.firstmember = None  # read at opening, and read again below
+        while True:
+            file.seek(position)
+            header = file.read(tarfile.BLOCKSIZE)
+            plain = None if tar.pax_headers else _plain(header)
+            if plain:
+                name, size = plain
+                yield name, position + tarfile.BLOCKSIZE, size
+                position += tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))
+                continue
+            file.seek(position)
+            tar.offset = position
+            info = tar.next()
+            if info is None:
+                break
+            tar.members.clear()  # otherwise every header stays in memory
+            if info.issparse():
+                raise tarfile.ReadError(f"the member '{_shown(info.name)}' is a sparse file")
+            if info.isreg():
+                yield info.name, info.offset_data, info.size
+            position = tar.offset
+        if header != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end mark and no further member at byte {position:,}")
+
+
+def _plain(header: bytes) -> tuple[str, int] | None:
+    """Read name and size of a common header in a third of the time of `tarfile`, to which all others are left (None)."""
+    size, check = header[124:136].strip(b" \0"), header[148:156].strip(b" \0")
+    if header[156:157] != b"0" or not size.isdigit() or not check.isdigit():
+        return None
+    if int(check, 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        return None
+    name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
+    return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape"), int(size, 8)
 
 
 def _parts(name: str) -> tuple[str, str]:
