@@ -15,9 +15,10 @@ from kdstore.data import coco, tables, tars
 from kdstore.data.scenes import SPLITS, Scenes
 from kdstore.data.source import Source
 from kdstore.errors import SourceError, UnknownName
+from kdstore.progress import OnProgress, silent
 
 
-def open_source(spec: str) -> Source:
+def open_source(spec: str, *, on_progress: OnProgress = silent) -> Source:
     """Open the source that `spec` names; raises SourceError or UnknownName. docs/sources.md has the forms and their options."""
     name, _, query = spec.partition("?")
     try:
@@ -27,7 +28,7 @@ def open_source(spec: str) -> Source:
     for prefix, opener in SOURCES.items():
         if name.split(":")[0].split("/")[0] == prefix:
             return opener(name, options)
-    return _open_files(name, options)
+    return _open_files(name, options, on_progress)
 
 
 def _open_scenes(name: str, options: dict[str, str]) -> Source:
@@ -46,7 +47,7 @@ def _open_hub(name: str, options: dict[str, str]) -> Source:
     return tables.open_hub(_spec(name, options, tables.OPTIONS), name.removeprefix("hf:"), options)
 
 
-def _open_files(name: str, options: dict[str, str]) -> Source:
+def _open_files(name: str, options: dict[str, str], on_progress: OnProgress) -> Source:
     path = Path(name)
     if "://" in name or name.startswith("pipe:") or name == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
         raise SourceError(
@@ -57,9 +58,9 @@ def _open_files(name: str, options: dict[str, str]) -> Source:
     if path.is_dir():
         path = _listed(path)
     if path.is_dir():
-        return tars.open_tars(_spec(where, options, tars.OPTIONS), sorted(Path(where).glob("*.tar")), options)
+        return tars.open_tars(_spec(where, options, tars.OPTIONS), sorted(Path(where).glob("*.tar")), options, on_progress)
     if tars.is_tar(name):
-        return tars.open_tars(_spec(where, options, tars.OPTIONS), tars.tars_of(where), options)
+        return tars.open_tars(_spec(where, options, tars.OPTIONS), tars.tars_of(where), options, on_progress)
     if not path.is_file():
         raise SourceError(
             f"No data at {name}.", f"Give a folder, tars, a {', '.join(tables.FORMATS)} file, or one of: {', '.join(f'{s}...' for s in SOURCES)}."

@@ -8,6 +8,7 @@ data, so it is checked before it is believed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "av
 FOLDER = ".kdstore-index"
 VERSION = 1
 MAX_TEXT = 2**24  # bytes of a member with text
+_BATCH = 4096  # rows that are Python objects while an index is built
 _MOST_NAMES = 64  # suffixes and fields that are counted, so that an error can list them
 
 
@@ -150,7 +152,9 @@ def _build(tar: Path, choice: Choice, stamp: str) -> Index:
     found = Found()
     try:
         with open(tar, "rb") as file:
-            return Index(pa.Table.from_pylist(list(_rows(file, tar, choice, found)), choice.schema), found, stamp)
+            rows = _rows(file, tar, choice, found)
+            batches = [pa.RecordBatch.from_pylist(some, choice.schema) for some in iter(lambda: list(itertools.islice(rows, _BATCH)), [])]
+            return Index(pa.Table.from_batches(batches, choice.schema).combine_chunks(), found, stamp)
     except OSError as e:
         raise SourceError(f"Cannot read {tar}: {e.strerror}.", "Restore the file.") from e
 

@@ -22,8 +22,9 @@ import pyarrow as pa
 from kdstore.data.columns import CONTENT, KINDS, ColumnSource, by_content, distinct, group
 from kdstore.data.images import MAX_BYTES
 from kdstore.data.source import UndecodableImage
-from kdstore.data.tarindex import IMAGE_SUFFIXES, Choice, Found, index_of, stamp_of
+from kdstore.data.tarindex import IMAGE_SUFFIXES, Choice, Found, Index, index_of, stamp_of
 from kdstore.errors import SourceError, UnknownName
+from kdstore.progress import OnProgress, silent
 
 OPTIONS = ("image", *KINDS, "key")
 _AT_ONCE = 8  # tars that are indexed at a time: network disks answer slowly
@@ -31,14 +32,14 @@ _OPEN_TARS = 32
 _MOST_TARS = 1_000_000
 
 
-def open_tars(spec: str, tars: list[Path], options: dict[str, str]) -> ColumnSource:
+def open_tars(spec: str, tars: list[Path], options: dict[str, str], on_progress: OnProgress = silent) -> ColumnSource:
     """Open tars as one source, rows in the order of tars and members; raises SourceError, UnknownName."""
-    choice = Choice.of(options)
+    choice, indexes, found = Choice.of(options), list[Index](), Found()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        indexes = list(pool.map(lambda tar: index_of(tar, choice), tars))
-    found = Found()
-    for index in indexes:
-        found.add(index.found)
+        for index in pool.map(lambda tar: index_of(tar, choice), tars):
+            indexes.append(index)
+            found.add(index.found)
+            on_progress("index", len(indexes), len(tars), "")
     _refuse_missing(spec, choice, found)
     table = pa.concat_tables([index.table for index in indexes])
     stamps = [index.stamp for index in indexes]

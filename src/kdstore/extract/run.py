@@ -77,7 +77,7 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
 
     Raises ModelError, SourceError, IdentityMismatch, StoreLocked, DiskFull; the store stays as the last recorded unit left it.
     """
-    source = source or open_source(config.data)
+    source = source or open_source(config.data, on_progress=on_progress)
     seed = config.untrained_seed
     name = resolve(config.teacher, config.pretrained, untrained=seed is not None)
     notices = [*source.notices, *([name.notice] if name.notice else [])]
