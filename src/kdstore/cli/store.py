@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdstore.cli.options import Json
+from kdstore.cli.options import Data, Device, Json
 from kdstore.cli.screen import bars, say, show
 from kdstore.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kdstore.extract.recompute import RecomputeReport
     from kdstore.store import StoreDifference
 
 store_app = typer.Typer(rich_markup_mode=None, help="Look at a feature store and check it.")
@@ -30,17 +32,28 @@ def store_info(path: Path, as_json: Json = False) -> None:
 def store_verify(
     path: Path,
     sample: Annotated[str | None, typer.Option(help="Read only so much, such as 5% or 20GB: some chunks of every shard.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sample; another one each time if not given.")] = None,
+    recompute: Annotated[int, typer.Option(min=0, metavar="K", help="Run the teacher again on K random images and texts, and compare.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is chosen; another one each time if not given.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="For --recompute, if the store's own name of it does not say where it is.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Its tag or checkpoint file.")] = None,
+    data: Data = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Check a store: its structure, then its bytes. Exit code 0: whole; 1: damaged, every file and its rows are named; 2: cannot be read."""
-    from kdstore.errors import ConfigError, DamagedStore, KdstoreError
+    from kdstore.errors import DamagedStore, KdstoreError
     from kdstore.store import verify_store
 
+    again = None
     try:
         with bars() as on_progress:
             report = verify_store(path, sample=sample, seed=seed, on_progress=on_progress)
-    except (ConfigError, DamagedStore):
+            if recompute and report.ok:
+                from kdstore.extract import recompute as extract_again
+
+                origin: dict[str, Any] = {"teacher": teacher, "pretrained": pretrained, "data": data, "device": device or "auto"}
+                again = extract_again.recompute(path, recompute, seed=seed, **origin, on_progress=on_progress)
+    except DamagedStore:
         raise
     except KdstoreError as e:
         say(f"error: {e}")
@@ -50,10 +63,22 @@ def store_verify(
             rows = "the whole store" if damage.rows is None else f"rows {damage.rows[0]} to {damage.rows[1] - 1}"
             say(f"{what}: {damage.path} ({rows}) {damage.reason}")
     read = "" if report.seed is None else f", {100 * report.read_bytes / max(1, report.num_bytes):.2g} % of the bytes read (--seed {report.seed})"
-    said = f"{path}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB{read}, {'whole' if report.ok else 'not whole'} ({report.digest})."
-    show(report, as_json, text=said)
-    if not report.ok:
-        raise typer.Exit(1 if report.damaged else 2)
+    lines = [f"{path}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB{read}, {'whole' if report.ok else 'not whole'} ({report.digest})."]
+    lines += _recomputed(again) if again else []
+    show({**dataclasses.asdict(report), "recompute": again and dataclasses.asdict(again)}, as_json, text="\n".join(lines))
+    if not report.ok or (again and not again.ok):
+        raise typer.Exit(1 if report.damaged or again else 2)
+
+
+def _recomputed(report: RecomputeReport) -> list[str]:
+    """Say what the teacher computes otherwise; returns a line per array."""
+    for name, compared in report.arrays.items():
+        if compared.failed:
+            rows = ", ".join(map(str, compared.failed[:8])) + (", ..." if len(compared.failed) > 8 else "")
+            say(f"{name}: {len(compared.failed)} of {compared.rows} rows differ from what {report.teacher} says: {rows}")
+    for part, (stored, live) in report.differs.items():
+        say(f"{part}: {live} of {report.teacher} is not the store's {stored}")
+    return [f"{name}: {c.rows} rows computed again, least cosine {c.worst:.6f} (row {c.worst_row})" for name, c in report.arrays.items()]
 
 
 @store_app.command("stats")

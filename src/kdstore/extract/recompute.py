@@ -1,0 +1,226 @@
+"""The proof that a store holds what its teacher says: some rows are computed again from the source and compared.
+
+Hashes show that bytes are those that were written, not that they were right. A wrong checkpoint, tokenizer or preprocessing behind a
+store that looks right shows here, because nothing is taken from the store but the row numbers and what it says of its teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdstore.data.source import Source, UndecodableImage
+from kdstore.data.sources import open_source
+from kdstore.errors import JoinError, ModelError, SourceError
+from kdstore.jsonfile import read_json
+from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens
+from kdstore.models.load import Model, load_model
+from kdstore.progress import OnProgress, silent
+from kdstore.store import Store, open_store
+
+LEAST_COSINE = 0.9999
+BATCH = 32
+_FILE_NAME = re.compile(r".*@[0-9a-f]{8}")  # how models.load names weights that came from a file
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One array: how many rows were computed again, the least cosine and its row, and the rows below the limit."""
+
+    rows: int
+    worst: float
+    worst_row: int
+    failed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RecomputeReport:
+    """What `recompute` found; `differs` are the parts of the identity that the teacher does not have, as (store's, teacher's)."""
+
+    path: Path
+    teacher: str
+    source: str
+    seed: int
+    arrays: dict[str, Compared]
+    differs: dict[str, tuple[Any, Any]]
+
+    @property
+    def ok(self) -> bool:
+        return not self.differs and not any(compared.failed for compared in self.arrays.values())
+
+
+def recompute(
+    path: str | Path,
+    rows: int,
+    *,
+    seed: int | None = None,
+    teacher: str | None = None,
+    pretrained: str | None = None,
+    data: str | None = None,
+    device: str = "auto",
+    on_progress: OnProgress = silent,
+) -> RecomputeReport:
+    """Run the teacher again on random valid images and texts, `rows` of each, and compare with view 0 of what is stored, at the stored precision.
+
+    Teacher and source are those that the store names, unless given. Raises what opening a store, a source or a model raises, and JoinError if
+    the source does not hold the same images and captions.
+    """
+    store = open_store(path)
+    source = open_source(data or _recorded_source(store))
+    model = _open_teacher(store, teacher, pretrained, device)
+    seed = secrets.randbits(32) if seed is None else seed
+    rng = np.random.default_rng(seed)
+    images, texts = (_some(valid, rows, rng) for valid in (store.image_valid, store.text_valid))
+    features = {**_of_images(store, model, source, images, on_progress), **_of_texts(store, model, source, texts, on_progress)}
+    compared = {}
+    for name, live in features.items():
+        chosen = images if name.startswith("image/") else texts
+        compared[name] = _compare(store.gather(name, chosen), live, chosen)
+    return RecomputeReport(store.path, model.identity["teacher"]["name"], source.spec, seed, compared, _differences(store.identity, model.identity))
+
+
+def _recorded_source(store: Store) -> str:
+    record = store.path / "run.json"
+    spec = read_json(record).get("source") if record.is_file() else None
+    if not spec:
+        raise SourceError(f"{store.path} does not say which source it was made from.", "Name it with --data.")
+    return str(spec)
+
+
+def _open_teacher(store: Store, name: str | None, pretrained: str | None, device: str) -> Model:
+    identity = _objects(store.identity)
+    said, seed = identity.get("teacher", {}), None
+    if name is None:
+        name, seed = str(said.get("name", "")).removesuffix(" (untrained)"), said.get("untrained_seed")
+        if not name or _FILE_NAME.fullmatch(name):
+            raise ModelError(f"The teacher {name or 'of ' + str(store.path)} came from a file or folder.", "Name it with --teacher and --pretrained.")
+    precision = next((encoding["precision"] for encoding in _objects(identity.get("arrays", {})).values() if "precision" in encoding), "fp32")
+    return load_model(name, pretrained, device=device, precision=precision, untrained=seed is not None, seed=seed or 0)
+
+
+def _objects(value: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Leave out what is no object: an identity may say anything."""
+    return {name: part for name, part in value.items() if isinstance(part, dict)}
+
+
+def _some(valid_N: npt.NDArray[np.bool_], count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    rows = np.flatnonzero(valid_N)
+    return np.sort(rng.choice(rows, min(count, len(rows)), replace=False))
+
+
+def _of_images(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
+    """Encode images; returns the arrays of floats that the store has too."""
+    names = _floats(store, "image/embedding", "image/tokens")
+    stored = _index_of(store, "image")
+    places = _places(source, {int(row): stored("key", int(row)) for row in rows})
+
+    def encode(part: Sequence[int]) -> list[torch.Tensor]:
+        image_BCHW = torch.stack([_pixels(model, source, places[row], stored("sha256", row)) for row in part])
+        found = encode_image_tokens(model, image_BCHW) if "image/tokens" in names else (encode_image(model, image_BCHW),)
+        return [found[("image/embedding", "image/tokens").index(name)] for name in names]
+
+    return _encoded(names, encode, rows.tolist(), "images", on_progress)
+
+
+def _of_texts(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
+    names = _floats(store, "text/embedding", "text/tokens")
+    stored, image = _index_of(store, "text"), _index_of(store, "image")
+    image_rows = np.searchsorted(store.offsets, rows, side="right") - 1
+    places = _places(source, {int(row): image("key", int(row)) for row in image_rows})
+    captions = {}
+    for row, image_row in zip(rows.tolist(), image_rows.tolist(), strict=True):
+        found = source.captions(places[image_row])[row - int(store.offsets[image_row]) :][:1]
+        if not found or hashlib.sha256(found[0].text.encode()).hexdigest() != stored("sha256", row):
+            raise JoinError(f"{source.spec} has another caption in text row {row} of {store.path}.", "Name the source that it was made from with --data.")
+        captions[row] = found[0].text
+
+    def encode(part: Sequence[int]) -> list[torch.Tensor]:
+        texts = [captions[row] for row in part]
+        return [encode_text(model, texts) if name == "text/embedding" else encode_text_tokens(model, texts)[0] for name in names]
+
+    return _encoded(names, encode, rows.tolist(), "texts", on_progress)
+
+
+def _floats(store: Store, *names: str) -> list[str]:
+    """Those of the arrays that the store has as floats: codes are of another scale."""
+    return [name for name in names if name in store.arrays and store.arrays[name].dtype.startswith("float")]
+
+
+def _index_of(store: Store, side: Any) -> Callable[[str, int], str]:
+    """Return a function that looks one value of the index up, reading only the file of its unit."""
+
+    @cache
+    def column(name: str, unit: int) -> Any:
+        return store.index(side, name, slice(unit, unit + 1))
+
+    return lambda name, row: column(name, row // store.unit_rows)[row % store.unit_rows].as_py()
+
+
+def _places(source: Source, keys: dict[int, str]) -> dict[int, int]:
+    """Find the images of these keys in the source: at the same row, else wherever the key stands; raises JoinError."""
+    if all(row < len(source) and source.key(row) == key for row, key in keys.items()):
+        return {row: row for row in keys}
+    wanted = set(keys.values())
+    found = {key: i for i in range(len(source)) if (key := source.key(i)) in wanted}
+    if missing := sorted(wanted - found.keys()):
+        raise JoinError(f"{source.spec} has no image '{missing[0]}' ({len(missing)} of {len(wanted)} are missing).", "Name the store's source with --data.")
+    return {row: found[key] for row, key in keys.items()}
+
+
+def _pixels(model: Model, source: Source, place: int, sha256: str) -> torch.Tensor:
+    try:
+        loaded = source.image(place)
+    except UndecodableImage as e:
+        raise JoinError(f"{source.spec}: the image '{source.key(place)}' cannot be decoded any more ({e.reason}).", "Restore it.") from e
+    if loaded.sha256 != sha256:
+        raise JoinError(f"{source.spec}: the image '{source.key(place)}' is not the one that was encoded.", "Name the store's source with --data.")
+    return model.preprocess(loaded.image)
+
+
+def _encoded(
+    names: list[str], encode: Callable[[Sequence[int]], list[torch.Tensor]], rows: list[int], stage: str, on_progress: OnProgress
+) -> dict[str, npt.NDArray[Any]]:
+    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
+    for start in range(0, len(rows) if names else 0, BATCH):
+        for name, features in zip(names, encode(rows[start : start + BATCH]), strict=True):
+            parts[name].append(features.cpu().numpy())
+        on_progress(stage, min(start + BATCH, len(rows)), len(rows), "")
+    return {name: np.concatenate(found) for name, found in parts.items() if found}
+
+
+def _compare(stored: npt.NDArray[Any], live: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Compared:
+    cosine = _least_cosine(stored, live)
+    worst = int(np.argmin(cosine))
+    return Compared(len(rows), float(cosine[worst]), int(rows[worst]), tuple(rows[cosine < LEAST_COSINE].tolist()))
+
+
+def _least_cosine(stored: npt.NDArray[Any], live: npt.NDArray[Any]) -> Float64:
+    """Return the cosine of rows [B, D], or the least of the tokens' of rows [B, T, D]: 1 where both are zero, -1 where NaN or of other shape."""
+    if stored.shape != live.shape:
+        return np.full(len(stored), -1.0)
+    a, b = stored.astype(np.float64), live.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    cosine = np.divide((a * b).sum(-1), norms, out=np.where((a == 0).all(-1) & (b == 0).all(-1), 1.0, 0.0), where=norms != 0)
+    return np.nan_to_num(cosine, nan=-1.0).reshape(len(a), -1).min(1)
+
+
+def _differences(stored: dict[str, Any], live: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Tell in which parts that decide features the identities differ; of the teacher, its weights first."""
+    parts = [("teacher", "weights_sha256"), ("teacher", "digest"), ("preprocessing", "digest"), ("tokenizer", "digest")]
+    found = {(part, field): (_objects(stored).get(part, {}).get(field), live[part][field]) for part, field in parts}
+    differs = {f"{part}.{field}": pair for (part, field), pair in found.items() if pair[0] != pair[1]}
+    if "teacher.weights_sha256" in differs:
+        differs.pop("teacher.digest", None)  # the digest is over the weights too
+    return differs
