@@ -128,7 +128,9 @@ def _image_names(images: pa.ChunkedArray, folder: Path | None) -> pa.ChunkedArra
     if not (pa.types.is_string(images.type) or pa.types.is_large_string(images.type)):
         return None
     names = images.cast(pa.large_string())
-    return pc.replace_substring_regex(names, f"^{re.escape(f'{folder}/')}", "") if folder else names
+    if folder and pc.any(pc.starts_with(names, f"{folder}/")).as_py():  # otherwise the column's own bytes serve
+        return pc.replace_substring_regex(names, f"^{re.escape(f'{folder}/')}", "")
+    return names
 
 
 def _or_numbers(names: pa.ChunkedArray | None, num_rows: int) -> tuple[pa.ChunkedArray, tuple[str, ...]]:
