@@ -72,9 +72,14 @@ def _refuse_missing(spec: str, choice: Choice, found: Found) -> None:
         wanted = choice.image or ", ".join(IMAGE_SUFFIXES)
         raise SourceError(f"No sample of {spec} has an image ({wanted}): found {met}.", "Name its suffix: ?image=SUFFIX.")
     for name in choice.fields:
-        if name not in found.names:
-            known = [n for n in found.names if n.startswith(".") == name.startswith(".")]
-            raise UnknownName.of(f"member of the samples in {spec}" if name.startswith(".") else f"json field in {spec}", name, known, f"Members: {met}.")
+        if name in found.names:
+            continue
+        if name.startswith("."):
+            raise UnknownName.of(f"member of the samples in {spec}", name, [n for n in found.names if n.startswith(".")])
+        fields = [n for n in found.names if not n.startswith(".")]
+        if not fields:
+            raise SourceError(f"'{name}' in {spec} is a json field, but no sample has any: found {met}.", "A member is named by its suffix: ?caption=.txt.")
+        raise UnknownName.of(f"json field in {spec}", name, fields)
 
 
 def _notices(choice: Choice, found: Found) -> tuple[str, ...]:
