@@ -11,6 +11,8 @@ import errno
 import hashlib
 import json
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     Raises DiskFull, CannotWrite.
     """
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temp, "wb") as f:
             f.write(content)
@@ -53,6 +55,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise disk_error(e, path) from e
 
 
+def make_folders(path: Path) -> None:
+    """Create a folder and those above it that are missing, each of them durable."""
+    if not path.is_dir():
+        make_folders(path.parent)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+        fsync_folder(path.parent)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)
@@ -60,6 +71,17 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of the file system in this block into ours; `path` is named where they name no file."""
+    try:
+        yield
+    except KdstoreError:
+        raise
+    except OSError as e:
+        raise disk_error(e, Path(e.filename) if isinstance(e.filename, str) else path) from e
 
 
 def disk_error(error: OSError, path: Path) -> DiskFull | CannotWrite:
@@ -71,10 +93,16 @@ def disk_error(error: OSError, path: Path) -> DiskFull | CannotWrite:
 
 def write_json(path: Path, content: dict[str, Any]) -> str:
     """Write a JSON object with its digest inside, atomically; returns the digest."""
+    encoded, digest = encode_json(content)
+    write_bytes(path, encoded)
+    return digest
+
+
+def encode_json(content: dict[str, Any]) -> tuple[bytes, str]:
+    """Return a JSON object as `write_json` writes it, with its digest inside, and that digest."""
     body = {k: v for k, v in content.items() if k != "digest"}
     digest = digest_of(body)
-    write_bytes(path, json.dumps({**body, "digest": digest}, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-    return digest
+    return json.dumps({**body, "digest": digest}, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n", digest
 
 
 def read_json(path: Path, error: type[KdstoreError] = DamagedStore) -> dict[str, Any]:

@@ -41,14 +41,13 @@ class WrittenFile:
 
 
 class HashedFile:
-    """A new file that hashes what is written to it; `close` makes it durable. Every method raises DiskFull when space ends, CannotWrite otherwise."""
+    """A new file in a folder that must be there, hashed as it is written; `close` makes it durable. All methods raise DiskFull or CannotWrite."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._sha256 = hashlib.sha256()
         self.size = 0
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "xb", buffering=WRITE_BYTES)  # noqa: SIM115 - closed by close or abandon
         except OSError as e:
             raise disk_error(e, path) from e

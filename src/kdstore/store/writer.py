@@ -1,7 +1,7 @@
 """Writing a store: units of rows are staged by attempts, committed by one writer, and sealed by the manifest.
 
 An attempt writes into a folder of its own, so that one that dies harms nothing. A commit moves its files into place and then
-writes the unit's record; files without a record do not count and are written again. `zarr.json` files and the manifest come
+writes the unit's record, all under the lock; files without a record do not count and are written again. `zarr.json` files and the manifest come
 last: an unfinished store opens neither with us nor with a Zarr reader, so unwritten rows can never be read as fill values.
 """
 
@@ -24,10 +24,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdstore.errors import IdentityMismatch, IncompleteStore, StoreError, StoreLocked
-from kdstore.jsonfile import canonical_json, digest_of, disk_error, flat_fields, fsync_folder, read_json, write_bytes, write_json
+from kdstore.errors import CannotWrite, DamagedStore, IdentityMismatch, IncompleteStore, KdstoreError, StoreError
+from kdstore.jsonfile import canonical_json, digest_of, disk_errors, flat_fields, fsync_folder, make_folders, read_json, write_bytes, write_json
 from kdstore.store.layout import BUILD, FORMAT, GROUP_METADATA, MANIFEST, OFFSETS, ArraySpec, index_path, scalar_array
-from kdstore.store.lock import release_lock, take_lock
+from kdstore.store.lock import Lock, take_lock
 from kdstore.store.manifest import read_manifest
 from kdstore.store.plan import SIDES, Plan, Unit, parquet_bytes
 from kdstore.store.shard import ShardWriter, WrittenFile, write_file
@@ -45,9 +45,9 @@ IMAGE_INDEX = pa.schema(
 )
 TEXT_INDEX = pa.schema([("row", pa.int64()), ("image_row", pa.int64()), ("kind", pa.large_string()), ("sha256", pa.string()), ("caption", pa.large_string())])
 
-_ATTEMPTS = "attempts"
-_UNITS = "units"
-_LOCK = "lock.json"
+ATTEMPTS = "attempts"
+UNITS = "units"
+BUILD_JSON = "build.json"
 _ABSENT = "nothing"
 
 
@@ -132,13 +132,14 @@ class Attempt:
 class StoreWriter:
     """The one committer of a store; `open` resumes what an earlier one recorded."""
 
-    def __init__(self, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any], digest: str | None, *, created: bool = False) -> None:
+    def __init__(self, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any], lock: Lock | None) -> None:
         self.path = path
         self.plan = plan
-        self._created = created
         self._specs = specs
         self._asked = asked
-        self._digest = digest
+        self._lock = lock
+        self._created = False
+        self._digest: str | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, plan: Plan, arrays: Sequence[ArraySpec], identity: dict[str, Any]) -> StoreWriter:
@@ -157,38 +158,41 @@ class StoreWriter:
             "arrays": {name: spec.to_metadata() for name, spec in specs.items()},
         }
         asked = json.loads(canonical_json(said))  # sorted: the manifest's bytes must not depend on the order of a caller's dict
-        build = path / BUILD
-        if (path / MANIFEST).is_file():
-            return cls._of_complete(path, plan, specs, asked)
-        try:
-            created = not path.exists()
-            if not created and not build.is_dir() and any(path.iterdir()):
+        with disk_errors(path):
+            created, lock = not path.exists(), None
+            if not created and not (path / BUILD).is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
                 raise StoreError(f"{path} is neither empty nor a store.", "Choose another path.")
-            build.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise disk_error(e, build) from e
-        take_lock(build / _LOCK)
-        try:
-            if (path / MANIFEST).is_file():  # sealed by another process before we had the lock
-                release_lock(build / _LOCK)
-                return cls._of_complete(path, plan, specs, asked)
-            if (build / "build.json").is_file():
-                _refuse_differences(path, asked, read_json(build / "build.json"))
-                _sweep(path)
-            else:
-                plan.save(build / "plan.parquet")
-                write_json(build / "build.json", asked)
-        except BaseException:
-            release_lock(build / _LOCK)
-            raise
-        return cls(path, plan, specs, asked, None, created=created)
+            while lock is None and not (path / MANIFEST).is_file():
+                make_folders(path / BUILD)
+                with contextlib.suppress(FileNotFoundError):  # its committer sealed the store, or gave up, and removed the folder just now
+                    lock = take_lock(path / BUILD)
+            writer = cls(path, plan, specs, asked, lock)
+            writer._created = created
+            try:
+                writer._prepare()
+            except BaseException:
+                writer.close()
+                raise
+        return writer
 
-    @classmethod
-    def _of_complete(cls, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any]) -> StoreWriter:
-        manifest = read_manifest(path)
-        _refuse_differences(path, asked, manifest.content)
-        _remove_build(path / BUILD)
-        return cls(path, plan, specs, asked, manifest.digest)
+    def _prepare(self) -> None:
+        """Compare with what the folder holds and remove what dead attempts left; without a record of what it shall be, write one."""
+        if (self.path / MANIFEST).is_file():
+            self.close()  # sealed by another process before we had the lock
+            manifest = read_manifest(self.path)
+            _refuse_differences(self.path, self._asked, manifest.content)
+            shutil.rmtree(self.path / BUILD, ignore_errors=True)  # left by a process that ended between manifest and this
+            self._digest = manifest.digest
+            return
+        build = self.path / BUILD
+        if (build / BUILD_JSON).is_file():
+            _refuse_differences(self.path, self._asked, read_json(build / BUILD_JSON))
+        _sweep(self.path)
+        for folder in (ATTEMPTS, UNITS):
+            make_folders(build / folder)
+        if not (build / BUILD_JSON).is_file():
+            self.plan.save(build / "plan.parquet")
+            write_json(build / BUILD_JSON, self._asked)
 
     @property
     def complete(self) -> bool:
@@ -209,17 +213,25 @@ class StoreWriter:
     @contextlib.contextmanager
     def attempt(self, unit: Unit) -> Iterator[Attempt]:
         """Stage one unit; leaving the block commits it, an exception discards it. A unit that is recorded by then stays as it is."""
-        folder = self.path / BUILD / _ATTEMPTS / f"{unit.name}-{uuid.uuid4().hex}"
+        folder = self.path / BUILD / ATTEMPTS / f"{unit.name}-{uuid.uuid4().hex}"
+        with disk_errors(folder):
+            folder.mkdir()
         attempt = Attempt(folder, self.plan, unit, [spec for spec in self._specs.values() if spec.side == unit.side])
         try:
             yield attempt
             self._commit(unit, folder, attempt.close())
+        except CannotWrite:
+            if self.complete:
+                return  # sealed while this attempt was late, and its folder removed
+            with self._committing():
+                pass  # a committer that took the lock has swept the folder: then this says so
+            raise
         finally:
             attempt.abandon()
             shutil.rmtree(folder, ignore_errors=True)
 
     def finalise(self, run: dict[str, Any], stats: dict[str, Any] | None = None) -> str:
-        """Write metadata, checks and offsets, then the manifest, and return its digest; raises IncompleteStore, DiskFull.
+        """Write metadata, checks and offsets, then the manifest, and return its digest; raises IncompleteStore, StoreLocked, DiskFull, CannotWrite.
 
         `run` (times, hosts, versions) and `stats` go beside the manifest and never change the digest.
         """
@@ -227,61 +239,70 @@ class StoreWriter:
             return self._digest
         if pending := self.pending():
             raise IncompleteStore(f"{self.path}: {len(pending)} of {len(self.plan.units)} units are not recorded.", "Run the extraction again to resume it.")
-        records = [read_json(self._record_path(unit)) for unit in self.plan.units]
-        files = {path: entry for record in records for path, entry in record["files"].items()}
-        sealing = []
-        for path, content in self._sealing_files(records):
-            try:
+        with self._committing():
+            records = [read_json(self._record_path(unit)) for unit in self.plan.units]
+            files = {path: entry for record in records for path, entry in record["files"].items()}
+            sealing = []
+            for path, content in self._sealing_files(records):
                 (self.path / path).parent.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise disk_error(e, self.path / path) from e
-            write_bytes(self.path / path, content)
-            files[path] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            sealing.append(path)
-        _sync_folders(self.path, sealing)
-        write_json(self.path / "run.json", run)
-        if stats is not None:
-            write_json(self.path / "stats.json", stats)
-        self._digest = write_json(self.path / MANIFEST, {**self._asked, "files": dict(sorted(files.items()))})
+                write_bytes(self.path / path, content)
+                files[path] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                sealing.append(path)
+            _sync_folders(self.path, sealing)
+            write_json(self.path / "run.json", run)
+            if stats is not None:
+                write_json(self.path / "stats.json", stats)
+            digest = write_json(self.path / MANIFEST, {**self._asked, "files": dict(sorted(files.items()))})
+        self._digest = digest
+        self.close()
         shutil.rmtree(self.path / BUILD, ignore_errors=True)
-        return self._digest
+        return digest
 
     def close(self) -> None:
         """Give the lock back."""
-        if not self.complete:
-            release_lock(self.path / BUILD / _LOCK)
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not self.complete:
-            self._discard_unrecorded()
-        self.close()
+        try:
+            if error is not None and not self.complete:
+                self._discard_unrecorded()
+        finally:
+            self.close()
 
     def _discard_unrecorded(self) -> None:
         """Remove the folder's content if no unit has come so far, so that a run with corrected settings may take the same path."""
-        if [p.name for p in self.path.iterdir()] == [BUILD] and not any((self.path / BUILD / _UNITS).glob("*.json")):
-            shutil.rmtree(self.path / BUILD, ignore_errors=True)
-            if self._created:
-                self.path.rmdir()
+        with contextlib.suppress(OSError, KdstoreError), self._committing():
+            if [p.name for p in self.path.iterdir()] == [BUILD] and not any((self.path / BUILD / UNITS).glob("*.json")):
+                shutil.rmtree(self.path / BUILD, ignore_errors=True)
+                if self._created:
+                    self.path.rmdir()
 
     def _record_path(self, unit: Unit) -> Path:
-        return self.path / BUILD / _UNITS / f"{unit.name}.json"
+        return self.path / BUILD / UNITS / f"{unit.name}.json"
+
+    @contextlib.contextmanager
+    def _committing(self) -> Iterator[None]:
+        """Change the store as the one that may; raises StoreLocked if this process no longer has the lock, DiskFull, CannotWrite."""
+        assert self._lock is not None
+        with disk_errors(self.path), self._lock.held():
+            yield
 
     def _commit(self, unit: Unit, folder: Path, record: dict[str, Any]) -> None:
-        if self._record_path(unit).is_file():
-            return
-        try:
+        if self.complete:
+            return  # by others, while this attempt was late
+        with self._committing():
+            if self._record_path(unit).is_file():
+                return
             for name in record["files"]:
                 target = self.path / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(_staged(folder, name), target)
             _sync_folders(self.path, record["files"])
-            self._record_path(unit).parent.mkdir(exist_ok=True)
-        except OSError as e:
-            raise disk_error(e, self.path) from e
-        write_json(self._record_path(unit), record)
+            write_json(self._record_path(unit), record)
 
     def _sealing_files(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
         for folder in ("", *sorted({f"{name.rpartition('/')[0]}/" for name in self._specs})):
@@ -342,19 +363,18 @@ def _refuse_differences(path: Path, asked: dict[str, Any], found: dict[str, Any]
 
 
 def _sweep(path: Path) -> None:
-    """Remove what dead attempts and dead writes left, and the records of units whose files are no longer there."""
-    shutil.rmtree(path / BUILD / _ATTEMPTS, ignore_errors=True)
+    """Remove what dead attempts and dead writes left, and the records of units that are not whole."""
+    shutil.rmtree(path / BUILD / ATTEMPTS, ignore_errors=True)
     for temp in path.rglob(".*.tmp"):
         temp.unlink(missing_ok=True)
-    for record_path in (path / BUILD / _UNITS).glob("*.json"):
-        files = read_json(record_path)["files"]
-        if any(not (path / name).is_file() or (path / name).stat().st_size != entry["size"] for name, entry in files.items()):
-            record_path.unlink()
+    for record in (path / BUILD / UNITS).glob("*.json"):
+        if not _is_whole(path, record):
+            record.unlink()
 
 
-def _remove_build(build: Path) -> None:
-    """Remove the build folder of a sealed store, unless its committer is just doing so."""
-    if build.is_dir():
-        with contextlib.suppress(StoreLocked):
-            take_lock(build / _LOCK)
-            shutil.rmtree(build, ignore_errors=True)
+def _is_whole(path: Path, record: Path) -> bool:
+    """Tell whether a unit's record can be read and its files are there in full."""
+    try:
+        return all((path / name).stat().st_size == entry["size"] for name, entry in read_json(record)["files"].items())
+    except (DamagedStore, FileNotFoundError, NotADirectoryError):
+        return False
