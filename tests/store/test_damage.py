@@ -180,9 +180,9 @@ def test_a_gigantic_declared_shape_allocates_nothing(copied: Path) -> None:
     with pytest.raises(DamagedStore, match="has 45 rows, expected 10000000000000"):
         open_store(copied)
     _forge(copied, lie)
-    with pytest.raises(DamagedStore, match="expected 1220703126 uint32"):
+    with pytest.raises(DamagedStore, match="1220703126 uint32"):
         open_store(copied).gather("image/embedding", [0])
-    with pytest.raises(DamagedStore, match="expected 610351563 uint32"):
+    with pytest.raises(DamagedStore, match="610351563 uint32"):
         assert open_store(copied).image_valid is not None
 
 
