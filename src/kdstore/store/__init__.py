@@ -8,6 +8,7 @@ from kdstore.store.derive import DerivedStore
 from kdstore.store.diff import ArrayDifference, StoreDifference, diff_stores
 from kdstore.store.join import Join, JoinReport, join_sources, report_join
 from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array
+from kdstore.store.lock import Holder, unlock_store
 from kdstore.store.order import Batches, Order
 from kdstore.store.plan import Plan, Unit, fingerprint_of
 from kdstore.store.reader import Store, open_store
@@ -26,6 +27,7 @@ __all__ = [
     "Damage",
     "DerivedStore",
     "Encoding",
+    "Holder",
     "Join",
     "JoinReport",
     "Order",
@@ -49,5 +51,6 @@ __all__ = [
     "store_stats",
     "subset_store",
     "token_array",
+    "unlock_store",
     "verify_store",
 ]

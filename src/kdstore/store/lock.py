@@ -67,25 +67,29 @@ class Lock:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep the lock from being taken for the time of a commit; raises StoreLocked if this process no longer has it."""
-        with self._one_thread, _flocked(self._fd, self._path):
-            if self._holder.pid != os.getpid() or read_holder(self._path) != self._holder:
-                raise StoreLocked(
-                    f"This process no longer writes {_store(self._path)}: its lock was taken or removed.",
-                    "What it had recorded is kept; see 'kdstore store info' for who writes now.",
-                )
-            yield
+        with self._one_thread:
+            if self._released.is_set():
+                raise self._lost()
+            with _flocked(self._fd, self._path):
+                if self._holder.pid != os.getpid() or read_holder(self._path) != self._holder:
+                    raise self._lost()
+                yield
 
     def release(self) -> None:
         """Remove the lock if this process still has it; nothing in a forked child."""
         if self._holder.pid != os.getpid() or self._released.is_set():
             return
-        self._released.set()
-        self._heart.join()
-        _held.discard(self._holder.token)
         with contextlib.suppress(KdstoreError, OSError), self.held():
             self._path.unlink()
-        os.close(self._fd)
-        self._fd = -1
+        with self._one_thread:
+            self._released.set()
+            self._heart.join()
+            os.close(self._fd)
+        _held.discard(self._holder.token)
+
+    def _lost(self) -> StoreLocked:
+        found = f"This process no longer writes {_store(self._path)}: its lock was removed or taken."
+        return StoreLocked(found, "What it had recorded is kept; 'kdstore store info' tells who writes now.")
 
 
 def take_lock(build: Path) -> Lock:
