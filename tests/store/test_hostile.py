@@ -280,6 +280,8 @@ def _texts(rows: int, caption: Any) -> pa.Table:
         pytest.param(lambda: _parquet(_texts(1 << 20, pa.array([""] * (1 << 20)))), id="more rows than the unit"),
         pytest.param(lambda: _parquet(_texts(16, [[["x"] * 9]] * 16)), id="lists"),
         pytest.param(lambda: _parquet(pa.table({"row": np.arange(16)})), id="no such column"),
+        pytest.param(lambda: _parquet(_texts(16, np.arange(16))), id="numbers"),
+        pytest.param(lambda: _parquet(_texts(16, ["x", None] * 8)), id="no value"),
         pytest.param(lambda: b"PAR1" + b"\x15" * 90 + struct.pack("<I", 80) + b"PAR1", id="a footer of noise"),
         pytest.param(lambda: b"PAR1" + struct.pack("<I", 0xFFFFFFF0) + b"PAR1", id="a footer longer than the file"),
     ],

@@ -20,6 +20,7 @@ from kdstore.store.manifest import RESTORE, Manifest
 
 ROW_BYTES = 1 << 14  # what a row may take in one column, on average
 SLACK_BYTES = 1 << 24  # and what a file of few rows may take beyond
+TEXTS = ("key", "sha256", "reason", "kind", "caption")  # columns of texts; all others are of integers
 _REFUSALS = (pa.ArrowException, LookupError, ValueError, OSError)  # Arrow's own are some of each
 _INTEGERS, _NO_BYTES, _FIXED, _BINARY, _STRUCT = (4, 5, 6), (1, 2), {3: 1, 7: 8}, 8, 12  # types of thrift's compact protocol
 
@@ -33,12 +34,14 @@ def read_column(manifest: Manifest, path: str, column: str) -> pa.ChunkedArray:
         file = _open(pa.BufferReader(content), stop - start, limit, [column])
         metadata = file.metadata
         place = metadata.schema.names.index(column)
-        if len(set(metadata.schema.names)) != len(file.schema_arrow.names) or not _is_flat(file.schema_arrow.field(column).type):
-            raise ValueError("it has a column that is not of numbers or texts")
+        if len(set(metadata.schema.names)) != len(file.schema_arrow.names) or not _is_flat(file.schema_arrow.field(column).type, column in TEXTS):
+            raise ValueError("it is not of the type that the format says")
         chunks = [metadata.row_group(group).column(place) for group in range(metadata.num_row_groups)]
         if sum(_decoded_bytes(content, chunk, limit) for chunk in chunks) > limit:
             raise ValueError(f"its pages hold more than {limit} bytes")
         values = file.read(columns=[column], use_threads=False)[column]
+        if values.null_count:
+            raise ValueError("it has rows without a value")
         return _dense(values, limit) if pa.types.is_dictionary(values.type) else values
     except _REFUSALS as e:
         raise DamagedStore(f"{manifest.root / path} has no column {column} that can be read ({_line(e)}).", RESTORE) from e
@@ -65,9 +68,10 @@ def _line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200]
 
 
-def _is_flat(kind: pa.DataType) -> bool:
-    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return texts or pa.types.is_integer(kind) or (pa.types.is_dictionary(kind) and _is_flat(kind.value_type))
+def _is_flat(kind: pa.DataType, text: bool) -> bool:
+    if not text:
+        return pa.types.is_integer(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or (pa.types.is_dictionary(kind) and _is_flat(kind.value_type, text))
 
 
 def _dense(values: pa.ChunkedArray, limit: int) -> pa.ChunkedArray:

@@ -33,6 +33,8 @@ class Store:
         self.manifest = manifest.content
         self._manifest = manifest
         self.arrays: dict[str, ArraySpec] = {name: array_spec(manifest, name) for name in manifest.content["arrays"]}
+        for group in {"", *(name.rpartition("/")[0] + "/" for name in self.arrays)}:
+            manifest.read(f"{group}zarr.json", MAX_METADATA_BYTES)  # for other readers, but what is damaged is said at once
         self._readers: dict[str, ArrayReader] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
