@@ -15,17 +15,52 @@ from kdstore.errors import ConfigError
 
 if TYPE_CHECKING:
     from kdstore.extract.recompute import RecomputeReport
-    from kdstore.store import StoreDifference
+    from kdstore.store import StoreDifference, StoreProgress
 
 store_app = typer.Typer(rich_markup_mode=None, help="Look at a feature store and check it.")
 
 
 @store_app.command("info")
 def store_info(path: Path, as_json: Json = False) -> None:
-    """Tell what a store holds: teacher, source, arrays, digest."""
-    from kdstore.store import open_store
+    """Tell what a store holds: teacher, source, arrays, digest; or how far an incomplete one is, and who writes it."""
+    from kdstore import store
 
-    show(open_store(path).summary(), as_json)
+    progress = store.store_progress(path)
+    if progress is None:
+        show({"complete": True, **store.open_store(path).summary()}, as_json)
+    else:
+        show(progress, as_json, text=_progress_lines(progress))
+
+
+def _progress_lines(found: StoreProgress) -> str:
+    lines = [f"{found.path}: not complete, {found.units_recorded} of {found.units} units recorded" if found.units else f"{found.path}: being planned"]
+    lines += [f"{'teacher':>10}  {found.teacher}"] if found.teacher else []
+    for what, recorded, planned in (("images", found.images_recorded, found.images), ("texts", found.texts_recorded, found.texts)):
+        lines.append(f"{what:>10}  {recorded} of {planned}")
+    lines.append(f"{'bytes':>10}  {found.bytes_in_place} in place, {found.bytes_staged} in unfinished units")
+    lines += [f"{'recorded':>10}  {found.last_record}"] if found.last_record else []
+    if found.writer is None:
+        said = "nobody; run the same command again to go on"
+    else:
+        state = "alive" if found.writer.alive else "dead; run the same command again to go on"
+        said = f"process {found.writer.pid} on {found.writer.host} since {found.writer.since}, last beat {found.writer.last_beat}: {state}"
+    return "\n".join([*lines, f"{'writer':>10}  {said}"])
+
+
+@store_app.command("unlock")
+def store_unlock(
+    path: Path,
+    force: Annotated[bool, typer.Option("--force", help="Also if the writer lives; it then stops before its next commit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove the lock of a writer that is dead. A run that is started again does so by itself."""
+    from kdstore import store
+
+    holder = store.unlock_store(path, force=force)
+    said = f"{path} has no lock; nothing was done."
+    if holder is not None:
+        said = f"The lock of {holder} (since {holder.since or 'unknown'}) was removed from {path}{' by force' if force else ': it is dead'}."
+    show({"path": str(path), "removed": holder and dataclasses.asdict(holder)}, as_json, text=said)
 
 
 @store_app.command("verify")

@@ -6,6 +6,7 @@ from kdstore.store.ahead import gather_ahead
 from kdstore.store.concat import concat_stores
 from kdstore.store.derive import DerivedStore
 from kdstore.store.diff import ArrayDifference, StoreDifference, diff_stores
+from kdstore.store.incomplete import Committer, StoreProgress, store_progress
 from kdstore.store.join import Join, JoinReport, join_sources, report_join
 from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array
 from kdstore.store.lock import Holder, unlock_store
@@ -24,6 +25,7 @@ __all__ = [
     "ArraySpec",
     "Attempt",
     "Batches",
+    "Committer",
     "Damage",
     "DerivedStore",
     "Encoding",
@@ -35,6 +37,7 @@ __all__ = [
     "Rows",
     "Store",
     "StoreDifference",
+    "StoreProgress",
     "StoreWriter",
     "Unit",
     "VerifyReport",
@@ -48,6 +51,7 @@ __all__ = [
     "recode_store",
     "report_join",
     "scalar_array",
+    "store_progress",
     "store_stats",
     "subset_store",
     "token_array",

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kdstore.errors import DamagedStore, KdstoreError, StoreLocked
+from kdstore.errors import DamagedStore, KdstoreError, StoreLocked, StoreNotFound
 from kdstore.jsonfile import disk_errors, encode_json, parse_json
 from kdstore.store.layout import BUILD
 
@@ -110,20 +110,22 @@ def take_lock(build: Path) -> Lock:
 
 
 def unlock_store(store: str | Path, *, force: bool = False) -> Holder | None:
-    """Remove the lock of a dead process, or with `force` of any; returns whose it was, None if there was none. Raises StoreLocked if the holder lives."""
+    """Remove the lock of a dead process, or with `force` of any; returns whose it was, None if there was none.
+
+    Raises StoreLocked if the holder lives, StoreNotFound, CannotWrite.
+    """
     path = Path(store) / BUILD / LOCK
-    found = read_holder(path)
-    if found is None:
-        return None
-    if force:
-        with disk_errors(path):
+    if not Path(store).is_dir():
+        raise StoreNotFound(f"There is no store at {store}.", "Check the path.")
+    with disk_errors(path):
+        found = read_holder(path)
+        if found is not None and force:
             path.unlink(missing_ok=True)
-    elif is_alive(path, found):
-        raise StoreLocked(
-            f"{store} is being written by {found}, which is alive.", "With --force its lock is removed all the same, and it stops at its next commit."
-        )
-    else:
-        remove_lock(path, found)
+        elif found is not None and is_alive(path, found):
+            hint = "With --force its lock is removed all the same; it then stops before its next commit."
+            raise StoreLocked(f"{store} is being written by {found}, which is alive.", hint)
+        elif found is not None:
+            remove_lock(path, found)
     return found
 
 
