@@ -18,6 +18,8 @@ from typing import Any
 
 from kdstore.errors import CannotWrite, DamagedStore, DiskFull, KdstoreError
 
+MAX_BYTES = 1 << 28  # of a file that is read whole: files beside a store are a stranger's too
+
 
 def canonical_json(value: Any) -> bytes:
     """Encode a JSON value in the one form that digests are taken of."""
@@ -107,6 +109,8 @@ def encode_json(content: dict[str, Any]) -> tuple[bytes, str]:
 
 def read_json(path: Path, error: type[KdstoreError] = DamagedStore) -> dict[str, Any]:
     """Read a JSON object written by `write_json`; raises `error` if it is not what was written."""
+    if path.stat().st_size > MAX_BYTES:
+        raise error(f"{path} is larger than any JSON that kdstore writes.", "Restore the file from its origin.")
     return parse_json(path.read_bytes(), path, error)
 
 

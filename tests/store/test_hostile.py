@@ -25,7 +25,7 @@ from numcodecs import blosc
 from numcodecs.zstd import Zstd
 
 from kdstore.errors import DamagedStore, StoreError
-from kdstore.jsonfile import write_json
+from kdstore.jsonfile import read_json, write_json
 from kdstore.store import open_store, verify_store
 from kdstore.store.shard import crc32c
 
@@ -374,3 +374,9 @@ def test_a_compressed_chunk_as_long_as_a_sparse_shard_is_not_read(copied: Path, 
         size = f.tell()
     forge(copied, lambda manifest: manifest["files"][SHARD].update(size=size))
     refused(copied, "missing or lies outside")
+
+
+def test_a_file_beside_the_store_that_is_no_record_is_refused(copied: Path) -> None:
+    os.truncate(copied / "run.json", 8 * GiB)
+    with pytest.raises(DamagedStore, match=r"run.json is larger than any JSON"):
+        read_json(copied / "run.json")

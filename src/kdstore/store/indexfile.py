@@ -47,10 +47,10 @@ def read_column(manifest: Manifest, path: str, column: str) -> pa.ChunkedArray:
         raise DamagedStore(f"{manifest.root / path} has no column {column} that can be read ({_line(e)}).", RESTORE) from e
 
 
-def check_rows(manifest: Manifest, path: str) -> None:
-    """Raise DamagedStore unless the footer of a listed index file says as many rows as the manifest."""
+def check_rows(manifest: Manifest, path: str, fd: int) -> None:
+    """Raise DamagedStore unless the footer of a listed index file, open as `fd`, says as many rows as the manifest."""
     start, stop = manifest.entry(path).rows or (0, 0)
-    with manifest.open(path) as fd, os.fdopen(fd, "rb", closefd=False) as f:
+    with os.fdopen(fd, "rb", closefd=False) as f:
         try:
             _open(f, stop - start, (stop - start) * ROW_BYTES + SLACK_BYTES)
         except _REFUSALS as e:

@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ class Manifest:
     def digest(self) -> str:
         return str(self.content["digest"])
 
+    @cached_property
+    def _real_root(self) -> str:
+        return os.path.realpath(self.root).rstrip("/")
+
     def entry(self, path: str) -> FileEntry:
         """Return the entry of a file that the format asks for; raises DamagedStore if the manifest lists none."""
         if path not in self.files:
@@ -84,8 +89,7 @@ class Manifest:
         """
         entry = self.entry(path)
         full = self.root / path
-        root = os.path.realpath(self.root)
-        if os.path.realpath(full) != os.path.join(root, path):
+        if os.path.realpath(full) != f"{self._real_root}/{path}":
             raise DamagedStore(f"{full} is a link; files of a store must lie in its folder{entry.said()}.", "Copy the file into the store.")
         fd = _open_file(full, entry.said())
         size = os.fstat(fd).st_size

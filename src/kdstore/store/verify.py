@@ -217,7 +217,7 @@ def _check_structure(manifest: Manifest, listing: _Listing, name: str, advance: 
         elif name in listing.numbers:
             manifest.npy_offset(name, os.pread(fd, NPY_HEADER_BYTES, 0), *listing.numbers[name])
         elif name.endswith(".parquet"):
-            check_rows(manifest, name)
+            check_rows(manifest, name, fd)
     advance(1)
     return []
 
