@@ -1,5 +1,6 @@
 """Running the teacher again finds what no hash does: features of another checkpoint in a store that looks right."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -10,13 +11,14 @@ import torch
 from PIL import Image
 
 from kdstore.cli import main
+from kdstore.data.sources import open_source
 from kdstore.errors import JoinError, ModelError, SourceError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.recompute import _least_cosine, recompute
 from kdstore.extract.run import extract
 from kdstore.jsonfile import digest_of, write_json
 from kdstore.models.load import load_model
-from kdstore.store import open_store, verify_store
+from kdstore.store import Plan, StoreWriter, open_store, token_array, verify_store
 
 
 def checkpoint(path, seed):
@@ -74,6 +76,26 @@ def test_features_that_agree_under_another_name_are_not_passed_in_silence(made):
     assert not any(compared.failed for compared in report.arrays.values())
     assert "teacher.weights_sha256" in report.differs
     assert not report.ok
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_tokens_that_are_codes_or_reduced_are_not_compared_and_that_is_said(made, tmp_path, dtype):
+    whole, source = open_store(made / "right"), open_source("scenes/val:24")
+    plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(24)), unit_rows=32)
+    arrays = [token_array(plan, "image", 4, 8, dtype=dtype), dataclasses.replace(whole.arrays["text/embedding"], shard=(32, 64))]
+    with StoreWriter.open(tmp_path / "s", plan=plan, arrays=arrays, identity=whole.identity) as writer:
+        for unit in writer.pending():
+            with writer.attempt(unit) as attempt:
+                if unit.side == "text":
+                    attempt.append("text/embedding", whole.gather("text/embedding", np.arange(unit.start, unit.stop)))
+                else:
+                    attempt.append("image/tokens", np.ones((24, 1, 4, 8), dtype))
+                    hashes = whole.image_sha256().tolist()
+                    attempt.index([{"sha256": sha256, "valid": True, "reason": "", "width": 1, "height": 1} for sha256 in hashes])
+        writer.finalise({"source": "scenes/val:24"})
+    report = recompute(tmp_path / "s", 3, teacher="scenes-T", pretrained=str(made / "right.pt"), device="cpu")
+    assert report.ok
+    assert (report.skipped, set(report.arrays)) == (("image/tokens",), {"text/embedding"})
 
 
 def test_a_teacher_of_another_width_agrees_nowhere():

@@ -113,7 +113,8 @@ def _recomputed(report: RecomputeReport) -> list[str]:
             say(f"{name}: {len(compared.failed)} of {compared.rows} rows differ from what {report.teacher} says: {rows}")
     for part, (stored, live) in report.differs.items():
         say(f"{part}: {live} of {report.teacher} is not the store's {stored}")
-    return [f"{name}: {c.rows} rows computed again, least cosine {c.worst:.6f} (row {c.worst_row})" for name, c in report.arrays.items()]
+    lines = [f"{name}: {c.rows} rows computed again, least cosine {c.worst:.6f} (row {c.worst_row})" for name, c in report.arrays.items()]
+    return [*lines, *(f"{name}: not compared, it does not hold the teacher's own values" for name in report.skipped)]
 
 
 @store_app.command("stats")

@@ -30,6 +30,8 @@ from kdstore.store import Store, open_store
 
 LEAST_COSINE = 0.9999
 BATCH = 32
+IMAGE_FEATURES = ("image/embedding", "image/tokens")  # in the order in which encode_image_tokens returns them
+TEXT_FEATURES = ("text/embedding", "text/tokens")
 _FILE_NAME = re.compile(r".*@[0-9a-f]{8}")  # how models.load names weights that came from a file
 
 Float64 = npt.NDArray[np.float64]
@@ -47,13 +49,17 @@ class Compared:
 
 @dataclass(frozen=True)
 class RecomputeReport:
-    """What `recompute` found; `differs` are the parts of the identity that the teacher does not have, as (store's, teacher's)."""
+    """What `recompute` found; `differs` are the parts of the identity that the teacher does not have, as (store's, teacher's).
+
+    `skipped` are features that are stored as codes or reduced, so that a cosine with the teacher's own says nothing.
+    """
 
     path: Path
     teacher: str
     source: str
     seed: int
     arrays: dict[str, Compared]
+    skipped: tuple[str, ...]
     differs: dict[str, tuple[Any, Any]]
 
     @property
@@ -86,9 +92,11 @@ def recompute(
     features = {**_of_images(store, model, source, images, on_progress), **_of_texts(store, model, source, texts, on_progress)}
     compared = {}
     for name, live in features.items():
-        chosen = images if name.startswith("image/") else texts
-        compared[name] = _compare(store.gather(name, chosen), live, chosen)
-    return RecomputeReport(store.path, model.identity["teacher"]["name"], source.spec, seed, compared, _differences(store.identity, model.identity))
+        chosen, reduced = images if name.startswith("image/") else texts, live.shape[1:] != store.arrays[name].row_shape
+        if not (reduced and name.endswith("/tokens")):
+            compared[name] = _compare(store.gather(name, chosen), live, chosen)
+    skipped = tuple(name for name in (*IMAGE_FEATURES, *TEXT_FEATURES) if name in store.arrays and name not in compared)
+    return RecomputeReport(store.path, model.identity["teacher"]["name"], source.spec, seed, compared, skipped, _differences(store.identity, model.identity))
 
 
 def _recorded_source(store: Store) -> str:
@@ -122,20 +130,20 @@ def _some(valid_N: npt.NDArray[np.bool_], count: int, rng: np.random.Generator) 
 
 def _of_images(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
     """Encode images; returns the arrays of floats that the store has too."""
-    names = _floats(store, "image/embedding", "image/tokens")
+    names = _floats(store, IMAGE_FEATURES)
     stored = _index_of(store, "image")
     places = _places(source, {int(row): stored("key", int(row)) for row in rows})
 
     def encode(part: Sequence[int]) -> list[torch.Tensor]:
         image_BCHW = torch.stack([_pixels(model, source, places[row], stored("sha256", row)) for row in part])
         found = encode_image_tokens(model, image_BCHW) if "image/tokens" in names else (encode_image(model, image_BCHW),)
-        return [found[("image/embedding", "image/tokens").index(name)] for name in names]
+        return [found[IMAGE_FEATURES.index(name)] for name in names]
 
     return _encoded(names, encode, rows.tolist(), "images", on_progress)
 
 
 def _of_texts(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
-    names = _floats(store, "text/embedding", "text/tokens")
+    names = _floats(store, TEXT_FEATURES)
     stored, image = _index_of(store, "text"), _index_of(store, "image")
     image_rows = np.searchsorted(store.offsets, rows, side="right") - 1
     places = _places(source, {int(row): image("key", int(row)) for row in image_rows})
@@ -153,8 +161,8 @@ def _of_texts(store: Store, model: Model, source: Source, rows: npt.NDArray[np.i
     return _encoded(names, encode, rows.tolist(), "texts", on_progress)
 
 
-def _floats(store: Store, *names: str) -> list[str]:
-    """Those of the arrays that the store has as floats: codes are of another scale."""
+def _floats(store: Store, names: tuple[str, ...]) -> list[str]:
+    """Those of the arrays that the store has as floats."""
     return [name for name in names if name in store.arrays and store.arrays[name].dtype.startswith("float")]
 
 
