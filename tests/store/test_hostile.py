@@ -380,3 +380,14 @@ def test_a_file_beside_the_store_that_is_no_record_is_refused(copied: Path) -> N
     os.truncate(copied / "run.json", 8 * GiB)
     with pytest.raises(DamagedStore, match=r"run.json is larger than any JSON"):
         read_json(copied / "run.json")
+
+
+@pytest.mark.parametrize(("place", "number"), [(0, 1), (-1, 2**60), (7, -5), (7, 2**62)])
+def test_offsets_that_lead_outside_are_refused(copied: Path, place: int, number: int) -> None:
+    offsets = np.load(copied / "index/offsets.npy")
+    offsets[place] = number
+    sink = io.BytesIO()
+    np.save(sink, offsets)
+    put(copied, {"index/offsets.npy": sink.getvalue()})
+    with pytest.raises(DamagedStore, match="does not ascend from 0 to 66"):
+        read_everything(copied)

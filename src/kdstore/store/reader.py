@@ -105,7 +105,10 @@ class Store:
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
         """Offsets int64 [N + 1]: the texts of image i are rows `offsets[i]:offsets[i + 1]`."""
-        return self._manifest.load(OFFSETS, self.num_images + 1, "<i8")
+        offsets = self._manifest.load(OFFSETS, self.num_images + 1, "<i8")
+        if offsets[0] != 0 or offsets[-1] != self.num_texts or (offsets[:-1] > offsets[1:]).any():
+            raise DamagedStore(f"{self.path / OFFSETS} does not ascend from 0 to {self.num_texts}.", RESTORE)
+        return offsets
 
     @cached_property
     def image_valid(self) -> npt.NDArray[np.bool_]:
