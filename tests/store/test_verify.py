@@ -17,7 +17,6 @@ from kdstore.store import open_store, verify_store
 from kdstore.store.verify import parse_sample
 
 SHARD = "image/embedding/c/1/0/0"
-needs_root_or_rights = pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs rights of files")
 
 
 def flip(path: Path, at: int) -> None:
@@ -61,15 +60,18 @@ def test_structure_is_reported_without_reading_the_bytes_and_the_bytes_of_sound_
     assert {args[0] for args in reported} == {"structure", "bytes"}
 
 
-@pytest.mark.parametrize("share", [1, 20, 60])
-def test_a_sample_reads_its_share_and_all_that_is_not_features(pristine: Path, share: int) -> None:
-    read = [verify_store(pristine, sample=f"{share}%", seed=seed) for seed in range(6)]
-    assert all(report.ok for report in read)
-    assert [report.seed for report in read] == list(range(6))
-    least = read[0].num_bytes * share / 100
-    assert np.mean([report.read_bytes for report in read]) == pytest.approx(max(least, np.mean([r.read_bytes for r in read]) if share < 60 else least), rel=0.2)
-    assert verify_store(pristine, sample=f"{share}%", seed=3).read_bytes == read[3].read_bytes
-    assert verify_store(pristine, sample="100%").read_bytes == read[0].num_bytes
+@pytest.mark.parametrize("share", [1, 20, 60, 100])
+def test_a_sample_reads_its_share_or_what_it_must(pristine: Path, share: int) -> None:
+    """Whatever the share: metadata, checks, offsets, and a chunk of every shard."""
+    reports = [verify_store(pristine, sample=f"{share}%", seed=seed) for seed in range(8)]
+    assert all(report.ok for report in reports)
+    assert [report.seed for report in reports] == list(range(8))
+    size = reports[0].num_bytes
+    must = verify_store(pristine, sample="0%", seed=0).read_bytes
+    assert 0.2 * size < must < 0.6 * size  # a store as small as this is mostly metadata
+    assert np.mean([report.read_bytes for report in reports]) == pytest.approx(max(must, size * share / 100), rel=0.15)
+    assert verify_store(pristine, sample=f"{share}%", seed=3).read_bytes == reports[3].read_bytes
+    assert verify_store(pristine).seed is None
 
 
 def test_any_sample_finds_a_shard_of_another_store_and_enough_of_them_find_a_flipped_bit(copied: Path) -> None:
@@ -82,6 +84,18 @@ def test_any_sample_finds_a_shard_of_another_store_and_enough_of_them_find_a_fli
     assert 1 <= sum(found) <= 29  # one chunk of four
     again = [bool(verify_store(copied, sample="1%", seed=seed).damaged) for seed in range(30)]
     assert found == again
+
+
+@pytest.mark.parametrize("amount", [None, "0%", "100%"])
+def test_damaged_checks_do_not_damn_the_shards(copied: Path, amount: str | None) -> None:
+    flip(copied / "checks/image/tokens.npy", -1)
+    assert [damage.path for damage in verify_store(copied, sample=amount).damaged] == ["checks/image/tokens.npy"]
+    flip(copied / "image/tokens/c/2/0/0/0", 64 * 2 + 5)
+    if amount != "0%":
+        assert [(damage.path, damage.rows) for damage in verify_store(copied, sample=amount).damaged] == [
+            ("checks/image/tokens.npy", None),
+            ("image/tokens/c/2/0/0/0", (10, 11)),
+        ]
 
 
 def test_a_sample_is_a_share_or_an_amount() -> None:

@@ -128,7 +128,7 @@ def verify_store(path: str | Path, *, sample: str | None = None, seed: int | Non
     run(lambda name: _check_structure(manifest, listing, name, advance), names)
     names = sound()
     advance, done = _counter(on_progress, "bytes", sum(_planned_bytes(manifest, listing.shards, name, chosen.get(name)) for name in names))
-    load_checks = functools.cache(lambda spec: manifest.load(spec.checks_path, spec.num_chunks, "<u4"))
+    load_checks = functools.cache(functools.partial(_load_checks, manifest))
     run(lambda name: _check_bytes(manifest, listing.shards.get(name), name, chosen.get(name), load_checks, advance), names)
     in_order = (tuple(sorted(found, key=lambda damage: (damage.path, damage.rows or ()))) for found in (damaged, unreadable))
     return VerifyReport(manifest.root, manifest.digest, len(manifest.files), total, done(), seed if sample else None, *in_order)
@@ -227,7 +227,7 @@ def _check_bytes(
     shard: _Shard | None,
     name: str,
     places: Int64 | None,
-    load_checks: Callable[[ArraySpec], npt.NDArray[np.uint32]],
+    load_checks: Callable[[ArraySpec], npt.NDArray[np.uint32] | None],
     advance: Callable[[int], None],
 ) -> list[Damage]:
     """Compare a file with its sha256, or some chunks of a shard with their crc32c."""
@@ -258,19 +258,29 @@ def _bad_rows(
     shard: _Shard,
     fd: int,
     places: Int64,
-    load_checks: Callable[[ArraySpec], npt.NDArray[np.uint32]],
+    load_checks: Callable[[ArraySpec], npt.NDArray[np.uint32] | None],
     advance: Callable[[int], None] = lambda read: None,
 ) -> list[Damage]:
     """Return the ranges of rows whose chunks at some places of a shard do not match their crc32c."""
     spec, index, bad = shard.spec, _index(manifest, name, shard, fd), []
-    checks = load_checks(spec)[shard.first_chunk :]
+    checks = load_checks(spec)
     for place in places.tolist():
         offset, length = index[place].tolist()
         content = os.pread(fd, length, offset)
         advance(len(content))
-        if crc32c(content[:-CRC_BYTES]) != checks[place] or int.from_bytes(content[-CRC_BYTES:], "little") != checks[place]:
+        trailer = int.from_bytes(content[-CRC_BYTES:], "little")
+        expected = trailer if checks is None else checks[shard.first_chunk + place]
+        if len(content) < length or crc32c(content[:-CRC_BYTES]) != expected or trailer != expected:
             bad.append((shard.first_chunk + place) // spec.views)
     return [Damage(name, rows, "does not match the crc32c of these rows") for rows in _ranges(sorted(set(bad)), spec)]
+
+
+def _load_checks(manifest: Manifest, spec: ArraySpec) -> npt.NDArray[np.uint32] | None:
+    """Return the crc32c expected of an array's chunks; None if that file is no good, which is found on its own, and then the trailers must do."""
+    try:
+        return manifest.load(spec.checks_path, spec.num_chunks, "<u4")
+    except StoreError:
+        return None
 
 
 def _ranges(groups: list[int], spec: ArraySpec) -> Iterator[tuple[int, int]]:
