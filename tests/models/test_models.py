@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdstore.errors import ConfigError, ModelError, UnknownName
-from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, in_batches, text_lengths, token_shape
+from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, image_token_form, in_batches, text_lengths
 from kdstore.models.load import load_model, parameter_counts, weights_sha256
 from kdstore.models.names import DEFAULT_TAGS, architecture_of, demo_teachers, resolve, short_name
 
@@ -145,7 +145,7 @@ FAMILIES = {
     "scenes-T": (16, 256),
     "ViT-T-16": (196, 192),
     "RN50": (49, 2048),
-    "MobileCLIP2-S0": (64, 512),
+    "MobileCLIP2-S0": (64, 1024),
     "coca_ViT-B-32": (49, 768),
 }
 
@@ -159,7 +159,7 @@ def test_embeddings_equal_open_clips_and_tokens_have_the_grid_of_the_tower(name)
         theirs = model.clip.encode_image(image, normalize=False)
     assert torch.allclose(embedding, theirs, atol=1e-5)
     assert torch.equal(encode_image(model, image), theirs)
-    assert tuple(tokens.shape[1:]) == FAMILIES[name] == token_shape(model)
+    assert tuple(tokens.shape[1:]) == FAMILIES[name] == image_token_form(model).shape
 
 
 def test_pooling_the_tokens_as_the_tower_does_gives_its_embedding(model):
@@ -180,7 +180,7 @@ def test_text_tokens_end_with_the_text_and_hold_the_pooled_one(model):
 
 
 def test_lengths_count_to_the_last_token_that_is_not_padding():
-    assert text_lengths(torch.tensor([[5, 0, 7, 0], [1, 2, 3, 4], [9, 0, 0, 0]])).tolist() == [3, 4, 1]
+    assert text_lengths(torch.tensor([[5, 0, 7, 0], [1, 2, 3, 4], [9, 0, 0, 0]]), 0).tolist() == [3, 4, 1]
 
 
 def test_equal_texts_are_encoded_once(model):

@@ -78,6 +78,10 @@ def extract(
     data: Data = None,
     out: Annotated[str | None, typer.Option(help="The store; default: store/<short name of the teacher>.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token features to keep: none, image, text or both.")] = None,
+    token_layer: Annotated[str | None, typer.Option(help="last, last-before-norm, or the number of a block (-1 the last).")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile", help="Compile the towers with torch.compile.")] = None,
+    channels_last: Annotated[bool | None, typer.Option("--channels-last", help="Lay images out channels last, as convolutions on GPUs like it.")] = None,
     unit_rows: Annotated[int | None, typer.Option(help="Rows that are written, and resumed, at once.")] = None,
     device: Device = None,
     recipe: Recipe = None,
@@ -88,7 +92,8 @@ def extract(
     from kdstore.extract.config import ExtractConfig
 
     options = {"teacher": teacher, "pretrained": pretrained, "data": data, "out": out, "tokens": tokens, "unit_rows": unit_rows, "device": device}
-    config = config_of(ExtractConfig, "extract", recipe, settings, options)
+    forward = {"token_layer": token_layer, "precision": precision, "compile": compile, "channels_last": channels_last}
+    config = config_of(ExtractConfig, "extract", recipe, settings, options | forward)
     if data is None and config.data == "scenes":
         say("notice: no --data, so the built-in scenes are used.")
     from kdstore.extract import run

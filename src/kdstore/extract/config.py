@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from kdstore.errors import ConfigError, UnknownName
@@ -12,7 +13,7 @@ DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """What to extract from where; batch, device and threads do not enter the store's identity."""
+    """What to extract from where; batch, device, threads, compile and channels_last do not enter the store's identity (docs/models.md)."""
 
     teacher: str
     pretrained: str | None = None
@@ -20,10 +21,13 @@ class ExtractConfig:
     data: str = "scenes"
     out: str | None = None  # default: store/<short name of the teacher>
     tokens: str = "none"
+    token_layer: str = "last"  # or last-before-norm, or a block's number, from the end if negative
     dtype: str = "float16"
     zstd: bool = False  # compress chunks
     unit_rows: int = 16_384
     precision: str = "fp32"
+    compile: bool = False
+    channels_last: bool = False
     batch: int = 64
     device: str = "auto"
     threads: int = 2  # decoding
@@ -33,6 +37,8 @@ class ExtractConfig:
         for name, known in (("tokens", TOKENS), ("dtype", DTYPES), ("precision", ("fp32", "bf16", "fp16"))):
             if getattr(self, name) not in known:
                 raise UnknownName.of(name, getattr(self, name), known)
+        if not re.fullmatch(r"last|last-before-norm|-?[0-9]{1,4}", self.token_layer):
+            raise ConfigError(f"Unknown token layer '{self.token_layer}'.", "Known: last, last-before-norm, or a block's number (-1 the last one's).")
         for name in ("unit_rows", "batch", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")

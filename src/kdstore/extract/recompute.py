@@ -23,8 +23,9 @@ from kdstore.data.source import Source, UndecodableImage
 from kdstore.data.sources import open_source
 from kdstore.errors import JoinError, ModelError, SourceError
 from kdstore.jsonfile import read_json
-from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens
+from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, image_token_form, text_token_form
 from kdstore.models.load import Model, load_model
+from kdstore.models.towers import TokenForm
 from kdstore.progress import OnProgress, silent
 from kdstore.store import Store, open_store
 
@@ -131,12 +132,13 @@ def _some(valid_N: npt.NDArray[np.bool_], count: int, rng: np.random.Generator) 
 def _of_images(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
     """Encode images; returns the arrays of floats that the store has too."""
     names = _floats(store, IMAGE_FEATURES)
+    layer = _token_layer(store, model, "image", image_token_form)
     stored = _index_of(store, "image")
     places = _places(source, {int(row): stored("key", int(row)) for row in rows})
 
     def encode(part: Sequence[int]) -> list[torch.Tensor]:
         image_BCHW = torch.stack([_pixels(model, source, places[row], stored("sha256", row)) for row in part])
-        found = encode_image_tokens(model, image_BCHW) if "image/tokens" in names else (encode_image(model, image_BCHW),)
+        found = encode_image_tokens(model, image_BCHW, layer) if "image/tokens" in names else (encode_image(model, image_BCHW),)
         return [found[IMAGE_FEATURES.index(name)] for name in names]
 
     return _encoded(names, encode, rows.tolist(), "images", on_progress)
@@ -144,6 +146,7 @@ def _of_images(store: Store, model: Model, source: Source, rows: npt.NDArray[np.
 
 def _of_texts(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
     names = _floats(store, TEXT_FEATURES)
+    layer = _token_layer(store, model, "text", text_token_form)
     stored, image = _index_of(store, "text"), _index_of(store, "image")
     image_rows = np.searchsorted(store.offsets, rows, side="right") - 1
     places = _places(source, {int(row): image("key", int(row)) for row in image_rows})
@@ -156,9 +159,18 @@ def _of_texts(store: Store, model: Model, source: Source, rows: npt.NDArray[np.i
 
     def encode(part: Sequence[int]) -> list[torch.Tensor]:
         texts = [captions[row] for row in part]
-        return [encode_text(model, texts) if name == "text/embedding" else encode_text_tokens(model, texts)[0] for name in names]
+        return [encode_text(model, texts) if name == "text/embedding" else encode_text_tokens(model, texts, layer)[0] for name in names]
 
     return _encoded(names, encode, rows.tolist(), "texts", on_progress)
+
+
+def _token_layer(store: Store, model: Model, side: str, form_of: Callable[[Model, str], TokenForm]) -> str:
+    """Name the layer that the stored tokens came from; raises ModelError if the model has no such layer."""
+    said = _objects(store.identity.get("arrays", {})).get(f"{side}/tokens", {})
+    layer = str(said["layer"]) if said.get("final") == "none" and isinstance(said.get("layer"), int) else "last"
+    if layer != "last":
+        form_of(model, layer)
+    return layer
 
 
 def _floats(store: Store, names: tuple[str, ...]) -> list[str]:

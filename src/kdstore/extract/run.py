@@ -28,8 +28,9 @@ from kdstore.data.sources import open_source
 from kdstore.errors import DiskFull, ModelError, SourceError
 from kdstore.extract.config import ExtractConfig
 from kdstore.metrics.retrieval import retrieval_recall
-from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, in_batches, token_shape
+from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, image_token_form, in_batches, text_token_form
 from kdstore.models.load import Model, load_model
+from kdstore.models.memory import Fitting
 from kdstore.models.names import resolve
 from kdstore.progress import OnProgress, silent
 from kdstore.store import ArraySpec, Attempt, Plan, Store, StoreWriter, Unit, embedding_array, open_store, scalar_array, token_array
@@ -65,6 +66,7 @@ class _Run:
     shapes: dict[str, tuple[int, ...]]  # of one row of each array
     totals: dict[str, int]
     pool: ThreadPoolExecutor
+    fitting: Fitting
     on_progress: OnProgress
     earlier_images: int  # recorded before this process
     invalid: int  # of those and of this process's
@@ -84,7 +86,8 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     for notice in notices:
         on_progress("notice", 0, 0, notice)  # before the weights are fetched
     on_progress("load", 0, 1, config.teacher)
-    model = load_model(config.teacher, config.pretrained, device=config.device, precision=config.precision, untrained=seed is not None, seed=seed or 0)
+    options: dict[str, Any] = {"device": config.device, "precision": config.precision, "compile": config.compile, "channels_last": config.channels_last}
+    model = load_model(config.teacher, config.pretrained, untrained=seed is not None, seed=seed or 0, **options)
     on_progress("load", 1, 1, config.teacher)
     out = Path(config.out or f"store/{name.short}")
     on_progress("plan", 0, len(source), source.spec)
@@ -97,7 +100,8 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     started = time.perf_counter()
     with StoreWriter.open(out, plan=plan, arrays=arrays, identity=store_identity(config, model, plan)) as writer:
         pending = writer.pending()
-        check = _check_teacher(model, source, config.batch) if pending and plan.num_images >= LONG_RUN else None
+        fitting = Fitting(lambda notice: _say(notices, on_progress, notice))
+        check = _check_teacher(model, source, config.batch, fitting) if pending and plan.num_images >= LONG_RUN else None
         if check is not None and check["warning"]:
             notices.append(check["warning"])
             on_progress("warning", 0, 0, check["warning"])
@@ -105,7 +109,7 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
             totals = {side: sum(len(u) for u in pending if u.side == side) for side in ("image", "text")}
             earlier, valid = writer.recorded_images()
             shapes = {spec.name: spec.shape[1:] for spec in arrays}
-            run = _Run(config, source, plan, model, shapes, totals, pool, on_progress, earlier_images=earlier, invalid=earlier - valid)
+            run = _Run(config, source, plan, model, shapes, totals, pool, fitting, on_progress, earlier_images=earlier, invalid=earlier - valid)
             for unit in pending:
                 with writer.attempt(unit) as attempt:
                     (_write_images if unit.side == "image" else _write_texts)(run, attempt, unit)
@@ -131,6 +135,11 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     )
 
 
+def _say(notices: list[str], on_progress: OnProgress, notice: str) -> None:
+    notices.append(notice)
+    on_progress("notice", 0, 0, notice)
+
+
 def _repeated_content(store: Store, plan: Plan) -> int:
     """Count the images whose encoded bytes are those of another, by 64 bits of their hashes."""
     columns = (store.index("image", "sha256", slice(unit.number, unit.number + 1)) for unit in plan.units if unit.side == "image")
@@ -154,6 +163,9 @@ def _account(run: _Run, seconds: float, check: dict[str, Any] | None, *, resumed
         },
         "recall_check": check,
         "batch": run.config.batch,
+        "batch_after_out_of_memory": run.fitting.sizes,
+        "compile": run.config.compile,
+        "channels_last": run.config.channels_last,
         "device": str(run.model.device),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"kdstore": __version__, "torch": torch.__version__, "open_clip": open_clip.__version__, "python": platform.python_version()},
@@ -165,10 +177,9 @@ def planned_arrays(config: ExtractConfig, model: Model, plan: Plan) -> list[Arra
     form: dict[str, Any] = {"dtype": config.dtype, "zstd": config.zstd}
     arrays = [embedding_array(plan, side, model.embed_dim, **form) for side in ("image", "text")]
     if config.tokens in ("image", "both"):
-        arrays.append(token_array(plan, "image", *token_shape(model), **form))
+        arrays.append(token_array(plan, "image", *image_token_form(model, config.token_layer).shape, **form))
     if config.tokens in ("text", "both"):
-        hidden_BLW, _ = encode_text_tokens(model, ["a"])
-        arrays.append(token_array(plan, "text", hidden_BLW.shape[1], hidden_BLW.shape[2], **form))
+        arrays.append(token_array(plan, "text", *text_token_form(model, config.token_layer).shape, **form))
         arrays.append(scalar_array(plan, "text/length", "int64"))
     return arrays
 
@@ -177,22 +188,27 @@ def store_identity(config: ExtractConfig, model: Model, plan: Plan) -> dict[str,
     """Build what the features depend on: teacher, preprocessing, tokenizer, how images are decoded, source, and how each array is encoded."""
     encoding = {"norm": "none", "precision": config.precision, "views": ["plain"]}
     arrays = {f"{side}/embedding": {**encoding, "layer": "output"} for side in ("image", "text")}
-    for side in ("image", "text"):
+    for side, form_of in (("image", image_token_form), ("text", text_token_form)):
         if config.tokens in (side, "both"):
-            arrays[f"{side}/tokens"] = {**encoding, "layer": "last, after the final norm"}
+            arrays[f"{side}/tokens"] = {**encoding, **form_of(model, config.token_layer).encoding}
     return {**model.identity, "decoding": DECODING, "source": {"fingerprint": plan.fingerprint}, "arrays": arrays}
 
 
 def _write_images(run: _Run, attempt: Attempt, unit: Unit) -> None:
     names = [name for name in run.shapes if name.startswith("image/")]
     started, before, reasons = time.perf_counter(), run.images, ["in an earlier unit"]
+
+    def encode(image_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if "image/tokens" in names:
+            return encode_image_tokens(run.model, image_BCHW, run.config.token_layer)
+        return (encode_image(run.model, image_BCHW),)
+
     for decoded in _batches_ahead(run, unit):
         pixels = [d for d, _ in decoded if d is not None]
         rows = [info for _, info in decoded]
         features: tuple[torch.Tensor, ...] = ()
         if pixels:
-            image_BCHW = torch.stack(pixels)
-            features = encode_image_tokens(run.model, image_BCHW) if "image/tokens" in names else (encode_image(run.model, image_BCHW),)
+            features = run.fitting.run("image", encode, torch.stack(pixels))
         valid = np.array([info["valid"] for info in rows], bool)
         for k, name in enumerate(names):
             attempt.append(name, _block(run, name, features[k] if features else None, valid))
@@ -218,11 +234,12 @@ def _write_texts(run: _Run, attempt: Attempt, unit: Unit) -> None:
     """Encode the captions of a unit, equal ones once for the embeddings."""
     batch, texts = 4 * run.config.batch, run.plan.texts(unit.start, unit.stop)
     valid = np.ones(len(texts), bool)
-    embedding_MD = in_batches(lambda part: encode_text(run.model, part), texts, batch)
+    embedding_MD = in_batches(lambda part: run.fitting.run("text", lambda some: (encode_text(run.model, some),), part)[0], texts, batch)
     attempt.append("text/embedding", _block(run, "text/embedding", embedding_MD, valid))
     if "text/tokens" in run.shapes:
         for start in range(0, len(texts), batch):
-            hidden_BLW, length_B = encode_text_tokens(run.model, texts[start : start + batch])
+            part = texts[start : start + batch]
+            hidden_BLW, length_B = run.fitting.run("text", lambda some: encode_text_tokens(run.model, some, run.config.token_layer), part)
             attempt.append("text/tokens", _block(run, "text/tokens", hidden_BLW, valid[: len(hidden_BLW)]))
             attempt.append("text/length", length_B.cpu().numpy())
     run.texts += len(texts)
@@ -286,7 +303,7 @@ def _check_space(out: Path, plan: Plan, arrays: Sequence[ArraySpec]) -> None:
         )
 
 
-def _check_teacher(model: Model, source: Source, batch: int) -> dict[str, Any] | None:
+def _check_teacher(model: Model, source: Source, batch: int, fitting: Fitting) -> dict[str, Any] | None:
     """Measure recall@1 on the first pairs: a teacher at chance is the wrong checkpoint, tokenizer or activation."""
     pictures, texts = [], []
     for i in range(min(4 * CHECKED_PAIRS, len(source))):
@@ -300,8 +317,9 @@ def _check_teacher(model: Model, source: Source, batch: int) -> dict[str, Any] |
             break
     if len(pictures) < 16:
         return None
-    image_ND = torch.cat([encode_image(model, torch.stack(pictures[i : i + batch])) for i in range(0, len(pictures), batch)])
-    text_ND = in_batches(lambda part: encode_text(model, part), texts, batch)
+    parts = [torch.stack(pictures[i : i + batch]) for i in range(0, len(pictures), batch)]
+    image_ND = torch.cat([fitting.run("image", lambda some: (encode_image(model, some),), part)[0] for part in parts])
+    text_ND = in_batches(lambda part: fitting.run("text", lambda some: (encode_text(model, some),), part)[0], texts, batch)
     found = retrieval_recall(image_ND.cpu().numpy(), text_ND.numpy(), np.arange(len(texts)), ks=(1, 5))
     recall, chance = found["image_retrieval_recall@5"], 100 * 5 / len(texts)
     warning = ""

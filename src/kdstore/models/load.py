@@ -20,7 +20,7 @@ from typing import Any
 import open_clip
 import torch
 
-from kdstore.errors import ConfigError, ModelError
+from kdstore.errors import ConfigError, KdstoreError, ModelError
 from kdstore.jsonfile import digest_of
 from kdstore.models.names import ModelName, resolve
 
@@ -42,6 +42,8 @@ class Model:
     device: torch.device
     precision: str
     identity: dict[str, Any]
+    compile: bool = False
+    channels_last: bool = False
 
     @property
     def embed_dim(self) -> int:
@@ -63,6 +65,20 @@ class Model:
         bias = getattr(self.clip, "logit_bias", None)
         return None if bias is None else float(bias.detach().item())
 
+    @property
+    def pad_id(self) -> int:
+        """The token id that fills texts up: a Hugging Face tokenizer's own, 0 in open_clip's."""
+        return self._special_id("pad_token_id", 0)
+
+    @property
+    def end_id(self) -> int:
+        """The token id that ends a text (of a Hugging Face tokenizer; -1 where padding cannot be taken for it)."""
+        return self._special_id("eos_token_id", -1)
+
+    def _special_id(self, name: str, default: int) -> int:
+        found = getattr(getattr(self.tokenizer, "tokenizer", None), name, None)
+        return default if found is None else int(found)
+
 
 def load_model(
     name: str,
@@ -72,8 +88,12 @@ def load_model(
     precision: str = "fp32",
     untrained: bool = False,
     seed: int = 0,
+    compile: bool = False,
+    channels_last: bool = False,
 ) -> Model:
     """Load a model by name (see `names.resolve`); `untrained` draws random weights from `seed` instead, and then no weights may be named.
+
+    `compile` compiles its towers at the first batch; `channels_last` lays images and convolutions out so. Both are a matter of speed.
 
     Raises UnknownName and ModelError as `resolve` does, and ModelError where weights cannot be found or do not fit.
     """
@@ -85,9 +105,11 @@ def load_model(
     # Built from the config alone, so that what was hashed is what runs.
     preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
     clip.eval()
-    model = Model(clip, resolved, config, preprocess, tokenizer, target, precision, {})
+    model = Model(clip, resolved, config, preprocess, tokenizer, target, precision, {}, compile, channels_last)
     model.identity = _identity(model, untrained, seed)
     clip.to(target)
+    if channels_last:
+        clip.to(memory_format=torch.channels_last)
     return model
 
 
@@ -110,13 +132,23 @@ def _build(resolved: ModelName, untrained: bool, seed: int) -> tuple[torch.nn.Mo
     try:
         with _quiet():
             model_config = open_clip.get_model_config(resolved.open_clip_name)
+            _refuse_ragged(model_config, resolved)
             tokenizer = open_clip.get_tokenizer(resolved.open_clip_name)
             clip = open_clip.create_model(resolved.open_clip_name, pretrained=resolved.pretrained, **options)
+    except KdstoreError:
+        raise
     except ModuleNotFoundError as e:
         raise ModelError(f"{resolved.name} needs the package {e.name}.", "Install it: pip install 'kdstore[hf]'.") from e
     except Exception as e:  # open_clip lets through whatever the hub client, torch, safetensors or its own checks raise
         raise ModelError(f"Cannot load {resolved.name}: {_first_line(e)}", _loading_hint(resolved)) from e
     return clip, {"model_cfg": model_config, "preprocess_cfg": dict(clip.visual.preprocess_cfg)}, tokenizer
+
+
+def _refuse_ragged(model_config: dict[str, Any], resolved: ModelName) -> None:
+    trunk = model_config["vision_cfg"].get("timm_model_name") or ""
+    if "naflex" in trunk:
+        found = f"{resolved.name} has a NaFlex image tower ({trunk}): as many tokens as an image asks for, and rows of a store are of one size."
+        raise ModelError(found, "Take a model of one image size, such as ViT-B-16-SigLIP2.")
 
 
 def _first_line(error: Exception) -> str:

@@ -109,7 +109,7 @@ def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False
         chosen = _default_tag(arch)
         notice = f"{arch} without a tag: using {arch}:{chosen}."
     if Path(chosen).is_file():
-        return ModelName(f"{arch}:{Path(chosen).name}", arch, chosen, short_name(arch))
+        return ModelName(f"{arch}:{Path(chosen).name}", arch, chosen, short_name(arch), notice=_doubt_activation(arch, Path(chosen).name))
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if chosen not in tags:
         raise UnknownName.of(f"tag or checkpoint file for {arch}", chosen, tags)
@@ -163,6 +163,21 @@ def _default_tag(arch: str) -> str:
     raise ModelError(f"{arch} has {len(tags)} tags and none was chosen: {', '.join(tags)}.", f"Write {arch}:TAG or --pretrained TAG.")
 
 
+def _activation_twin(arch: str) -> str | None:
+    """Return the architecture that differs by its GELU alone, if there is one."""
+    twin = arch.removesuffix("-quickgelu") if arch.endswith("-quickgelu") else f"{arch}-quickgelu"
+    return twin if twin in architectures() else None
+
+
+def _doubt_activation(arch: str, file: str) -> str:
+    """Say that a checkpoint file fits two architectures and does not tell which; empty where there is one alone."""
+    twin = _activation_twin(arch)
+    if twin is None:
+        return ""
+    built, other = ("QuickGELU", "GELU") if arch.endswith("-quickgelu") else ("GELU", "QuickGELU")
+    return f"{arch} is built with {built}, and {file} does not say what it was trained with: if that was {other}, take {twin}, or the features are wrong."
+
+
 def _check_activation(arch: str, tag: str) -> None:
     """Refuse weights trained with the other GELU: open_clip only warns, and the features would be silently wrong."""
     import open_clip
@@ -174,7 +189,7 @@ def _check_activation(arch: str, tag: str) -> None:
     built = wants_quick(open_clip.get_model_config(arch))
     if wanted == built:
         return
-    other = arch.removesuffix("-quickgelu") if built else f"{arch}-quickgelu"
+    twin = _activation_twin(arch)
     names = {True: "QuickGELU", False: "GELU"}
-    hint = f"Use {other}:{tag}." if other in architectures() else "Use an architecture with that activation."
+    hint = f"Use {twin}:{tag}." if twin else "Use an architecture with that activation."
     raise ModelError(f"The weights {tag} need {names[wanted]}, but {arch} is built with {names[built]}.", hint)
