@@ -32,7 +32,7 @@ class Targets(Protocol):
 
 
 class StoreTargets:
-    """Targets read from a store, in the type it holds."""
+    """Targets read from a store: floats in the type it holds, codes decoded to float32."""
 
     def __init__(self, store: Store, needs: tuple[str, ...]) -> None:
         """Check that the store holds all that a loss `needs`; raises MissingFeature."""
@@ -41,11 +41,14 @@ class StoreTargets:
         if "logit_scale" in needs and scale is None:
             raise MissingFeature(f"{store.path} does not say the teacher's logit scale, which this loss needs.", "Choose a loss without crd and teacher-ce.")
         self._store = store
-        self.dim: int = store.arrays["image/embedding"].shape[-1]
+        self.dim: int = store.feature_shape("image/embedding")[-1]
         self.logit_scale: float | None = scale
 
     def image_embeddings(self, rows: Rows) -> npt.NDArray[Any]:
-        return self._store.gather("image/embedding", rows)
+        return self._read("image/embedding", rows)
 
     def text_embeddings(self, rows: Rows) -> npt.NDArray[Any]:
-        return self._store.gather("text/embedding", rows)
+        return self._read("text/embedding", rows)
+
+    def _read(self, name: str, rows: Rows) -> npt.NDArray[Any]:
+        return self._store.features(name, rows) if name in self._store.codecs else self._store.gather(name, rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from kdstore.store.ahead import gather_ahead
+from kdstore.store.codecfile import codec_files, codec_identity, kept_codec
+from kdstore.store.codecs import Chain, Codec, fit_chain, parse_chain
 from kdstore.store.concat import concat_stores
 from kdstore.store.derive import DerivedStore
 from kdstore.store.diff import ArrayDifference, StoreDifference, diff_stores
@@ -25,6 +27,8 @@ __all__ = [
     "ArraySpec",
     "Attempt",
     "Batches",
+    "Chain",
+    "Codec",
     "Committer",
     "Damage",
     "DerivedStore",
@@ -41,13 +45,18 @@ __all__ = [
     "StoreWriter",
     "Unit",
     "VerifyReport",
+    "codec_files",
+    "codec_identity",
     "concat_stores",
     "diff_stores",
     "embedding_array",
     "fingerprint_of",
+    "fit_chain",
     "gather_ahead",
     "join_sources",
+    "kept_codec",
     "open_store",
+    "parse_chain",
     "recode_store",
     "report_join",
     "scalar_array",

@@ -23,6 +23,7 @@ from kdstore.errors import ConfigError, StoreError, UnknownName
 from kdstore.jsonfile import read_json
 from kdstore.progress import OnProgress, silent
 from kdstore.store.blocks import Int64, gather_views, in_blocks
+from kdstore.store.codecfile import codec_files
 from kdstore.store.layout import PLAIN, ZSTD, ArraySpec, scalar_array
 from kdstore.store.plan import MAX_SHARDS, Plan, Side
 from kdstore.store.reader import Store
@@ -134,7 +135,10 @@ def write_parts(
     """Write the rows of all parts as a store, or go on with one; raises what `StoreWriter` and `Store.gather` raise, StoreError for an overflow."""
     started = time.perf_counter()
     operation = identity["lineage"]["operation"]
-    with StoreWriter.open(out, plan=plan, arrays=specs, identity=identity) as writer:
+    first = parts[0].store  # codes mean the same in all parts: their identities agree
+    coded = [spec.name for spec in specs if spec.name in first.codecs]
+    constants = {path: content for name in coded for path, content in codec_files(name, first.codec(name)).items()}
+    with StoreWriter.open(out, plan=plan, arrays=specs, identity=identity, constants=constants) as writer:
         pending = writer.pending()
         done, total = 0, sum(len(unit) * sum(spec.side == unit.side for spec in specs) for unit in pending)
         for unit in pending:

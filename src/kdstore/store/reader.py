@@ -16,6 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kdstore.errors import DamagedStore, MissingFeature, StoreError
+from kdstore.store.codecfile import StoredCodec, stored_codecs
+from kdstore.store.codecs import Codec
 from kdstore.store.gather import ArrayReader
 from kdstore.store.indexfile import read_column
 from kdstore.store.layout import OFFSETS, ArraySpec
@@ -35,7 +37,9 @@ class Store:
         self.arrays: dict[str, ArraySpec] = {name: array_spec(manifest, name) for name in manifest.content["arrays"]}
         for group in {"", *(name.rpartition("/")[0] + "/" for name in self.arrays)}:
             manifest.read(f"{group}zarr.json", MAX_METADATA_BYTES)  # for other readers, but what is damaged is said at once
+        self.codecs: dict[str, StoredCodec] = stored_codecs(manifest, self.arrays)
         self._readers: dict[str, ArrayReader] = {}
+        self._fitted: dict[str, Codec] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (self.path.absolute(), self.digest)
@@ -101,6 +105,42 @@ class Store:
             self.require(name)
             self._readers.setdefault(name, ArrayReader(self._manifest, self.arrays[name]))
         return self._readers[name].gather(rows, views, out)
+
+    def feature_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of what `features` gives for one row."""
+        self.require(name)
+        return self.codecs[name].feature_shape if name in self.codecs else self.arrays[name].row_shape
+
+    def codec(self, name: str) -> Codec:
+        """Return the codec of an array in `codecs`, its parameters read once."""
+        if name not in self._fitted:
+            self._fitted.setdefault(name, self.codecs[name].load(self._manifest))
+        return self._fitted[name]
+
+    def features(
+        self, name: str, rows: npt.ArrayLike, views: npt.ArrayLike | None = None, out: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return rows float32 [B, ...] of an array as the features that it stands for: decoded if it holds codes, into `out` if given.
+
+        Rows that are not valid are NaN, tokens beyond a text's length zero. `rows` and `views` are those of `gather`; raises what it raises, and
+        MissingFeature for an array of whole numbers without a codec.
+        """
+        stored = self.gather(name, rows, views)
+        shape = (len(stored), *self.feature_shape(name))
+        if name not in self.codecs and not self.arrays[name].dtype.startswith("float"):
+            raise MissingFeature(f"{self.path}: {name} holds {self.arrays[name].dtype} without a codec that says what they mean.", "Read them with gather.")
+        if out is None:
+            out = np.empty(shape, np.float32)
+        elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(f"out must be a writable C-contiguous array {shape} float32, found {out.shape} {out.dtype}")
+        if name not in self.codecs:
+            out[...] = stored
+            return out
+        self.codec(name).decode(stored, out)
+        if name == "text/tokens":
+            out[np.arange(shape[1]) >= self.gather("text/length", rows)[:, None]] = 0
+        out[self.gather(f"{self.arrays[name].side}/valid", rows) == 0] = np.nan
+        return out
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ import numpy.typing as npt
 
 from kdstore.errors import CannotRead, ConfigError, DamagedStore, StoreError
 from kdstore.progress import OnProgress, silent
+from kdstore.store.codecfile import parameter_path, stored_codecs
 from kdstore.store.indexfile import check_rows
 from kdstore.store.layout import BESIDE, BUILD, MANIFEST, OFFSETS, PLAIN, ArraySpec
 from kdstore.store.manifest import NPY_HEADER_BYTES, Manifest, cannot_read, read_manifest
@@ -146,7 +148,7 @@ def parse_sample(text: str) -> Callable[[int], float]:
 def _listing(manifest: Manifest) -> _Listing:
     """Compare the manifest's files with its arrays and with what lies in the folder; reads the arrays' metadata only."""
     plan, files = manifest.content["plan"], manifest.files
-    shards, numbers = dict[str, _Shard](), {OFFSETS: (plan["images"] + 1, "<i8")}
+    shards, specs, numbers = dict[str, _Shard](), dict[str, ArraySpec](), {OFFSETS: (plan["images"] + 1, "<i8")}
     damaged = [Damage(extra, None, "is not in the manifest") for extra in _files_beyond(manifest)]
     expected: dict[str, tuple[int, int] | None] = {"zarr.json": None, OFFSETS: None}
     for name in manifest.content["arrays"]:
@@ -157,9 +159,17 @@ def _listing(manifest: Manifest) -> _Listing:
         except StoreError as e:
             damaged.append(Damage(f"{name}/zarr.json", None, e.message))
             continue
+        specs[name] = spec
         numbers[spec.checks_path] = (spec.num_chunks, "<u4")
         shards |= {spec.shard_path(number): _Shard(spec, number) for number in range(spec.num_shards)}
         expected |= {spec.checks_path: None, f"{name.rpartition('/')[0]}/zarr.json".lstrip("/"): None}
+    try:
+        for coded in stored_codecs(manifest, specs).values():
+            numbers |= {parameter_path(coded.name, p): (math.prod(shape), "<f4") for p, shape in coded.chain.parameters(coded.row_shape).items()}
+    except CannotRead:
+        pass
+    except StoreError as e:
+        damaged.append(Damage("codecs", None, e.message))
     expected |= {path: shard.spec.shard_rows(shard.number) for path, shard in shards.items()}
     for side in SIDES:
         for number, start in enumerate(range(0, plan[f"{side}s"], plan["unit_rows"])):

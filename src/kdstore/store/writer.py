@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 
 from kdstore.errors import CannotWrite, DamagedStore, IdentityMismatch, IncompleteStore, KdstoreError, StoreError
 from kdstore.jsonfile import canonical_json, digest_of, disk_errors, flat_fields, fsync_folder, make_folders, read_json, write_bytes, write_json
+from kdstore.store.codecfile import npy_bytes
 from kdstore.store.layout import BUILD, FORMAT, GROUP_METADATA, MANIFEST, OFFSETS, ArraySpec, index_path, scalar_array
 from kdstore.store.lock import Lock, take_lock
 from kdstore.store.manifest import read_manifest
@@ -132,21 +132,25 @@ class Attempt:
 class StoreWriter:
     """The one committer of a store; `open` resumes what an earlier one recorded."""
 
-    def __init__(self, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any], lock: Lock | None) -> None:
+    def __init__(self, path: Path, plan: Plan, specs: dict[str, ArraySpec], asked: dict[str, Any], lock: Lock | None, constants: Mapping[str, bytes]) -> None:
         self.path = path
         self.plan = plan
         self._specs = specs
         self._asked = asked
         self._lock = lock
+        self._constants = dict(sorted(constants.items()))
         self._created = False
         self._digest: str | None = None
 
     @classmethod
-    def open(cls, path: str | Path, *, plan: Plan, arrays: Sequence[ArraySpec], identity: dict[str, Any]) -> StoreWriter:
+    def open(
+        cls, path: str | Path, *, plan: Plan, arrays: Sequence[ArraySpec], identity: dict[str, Any], constants: Mapping[str, bytes] | None = None
+    ) -> StoreWriter:
         """Create the store, resume an unfinished one, or find it complete.
 
         Raises IdentityMismatch with the differing fields when identity, plan or arrays are not those found; StoreLocked; DamagedStore; DiskFull; CannotWrite.
-        `image/valid` and `text/valid` are added to `arrays`.
+        `image/valid` and `text/valid` are added to `arrays`. `constants` are small files of the store that the identity speaks for, by path: what value
+        codecs learned. They lie in the build folder from the start, for those who resume.
         """
         path = Path(path)
         specs = {spec.name: spec for spec in (*arrays, *(scalar_array(plan, f"{side}/valid", "uint8") for side in SIDES))}
@@ -166,7 +170,7 @@ class StoreWriter:
                 make_folders(path / BUILD)
                 with contextlib.suppress(FileNotFoundError):  # its committer sealed the store, or gave up, and removed the folder just now
                     lock = take_lock(path / BUILD)
-            writer = cls(path, plan, specs, asked, lock)
+            writer = cls(path, plan, specs, asked, lock, constants or {})
             writer._created = created
             try:
                 writer._prepare()
@@ -192,6 +196,9 @@ class StoreWriter:
             make_folders(build / folder)
         if not (build / BUILD_JSON).is_file():
             self.plan.save(build / "plan.parquet")
+            for name, content in self._constants.items():
+                make_folders((build / name).parent)
+                write_bytes(build / name, content)
             write_json(build / BUILD_JSON, self._asked)
 
     @property
@@ -310,8 +317,9 @@ class StoreWriter:
         for spec in self._specs.values():
             yield spec.metadata_path, canonical_json(spec.to_metadata())
             crcs = b"".join(bytes.fromhex(record["crcs"][spec.name]) for record in records if spec.name in record["crcs"])
-            yield spec.checks_path, _npy(np.frombuffer(crcs, "<u4"))
-        yield OFFSETS, _npy(self.plan.offsets.astype("<i8"))
+            yield spec.checks_path, npy_bytes(np.frombuffer(crcs, "<u4"))
+        yield from self._constants.items()
+        yield OFFSETS, npy_bytes(self.plan.offsets.astype("<i8"))
 
 
 def _image_index(plan: Plan, unit: Unit, rows: list[dict[str, Any]], valid: npt.NDArray[np.uint8]) -> pa.Table:
@@ -331,12 +339,6 @@ def _text_index(plan: Plan, unit: Unit) -> pa.Table:
         "caption": captions,
     }
     return pa.table(columns, TEXT_INDEX)
-
-
-def _npy(array: npt.NDArray[Any]) -> bytes:
-    sink = io.BytesIO()
-    np.save(sink, array, allow_pickle=False)
-    return sink.getvalue()
 
 
 def _staged(folder: Path, name: str) -> Path:
