@@ -244,9 +244,10 @@ class StoreWriter:
         """
         if self._digest is not None:
             return self._digest
-        if pending := self.pending():
-            raise IncompleteStore(f"{self.path}: {len(pending)} of {len(self.plan.units)} units are not recorded.", "Run the extraction again to resume it.")
         with self._committing():
+            if pending := self.pending():
+                found = f"{self.path}: {len(pending)} of {len(self.plan.units)} units are not recorded."
+                raise IncompleteStore(found, "Run the extraction again to resume it.")
             records = [read_json(self._record_path(unit)) for unit in self.plan.units]
             files = {path: entry for record in records for path, entry in record["files"].items()}
             sealing = []
@@ -300,7 +301,7 @@ class StoreWriter:
 
     def _commit(self, unit: Unit, folder: Path, record: dict[str, Any]) -> None:
         if self.complete:
-            return  # by others, while this attempt was late
+            return  # sealed while this attempt was late
         with self._committing():
             if self._record_path(unit).is_file():
                 return
