@@ -79,6 +79,8 @@ def extract(
     out: Annotated[str | None, typer.Option(help="The store; default: store/<short name of the teacher>.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token features to keep: none, image, text or both.")] = None,
     token_layer: Annotated[str | None, typer.Option(help="last, last-before-norm, or the number of a block (-1 the last).")] = None,
+    reduce: Annotated[str | None, typer.Option(metavar="CODEC", help="Codec of tokens, such as pool7+pq64; see 'kdstore list codecs'.")] = None,
+    encode: Annotated[str | None, typer.Option(metavar="CODEC", help="Codec of embeddings, such as int8 or pca256+int8.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     compile: Annotated[bool | None, typer.Option("--compile", help="Compile the towers with torch.compile.")] = None,
     channels_last: Annotated[bool | None, typer.Option("--channels-last", help="Lay images out channels last, as convolutions on GPUs like it.")] = None,
@@ -92,7 +94,7 @@ def extract(
     from kdstore.extract.config import ExtractConfig
 
     options = {"teacher": teacher, "pretrained": pretrained, "data": data, "out": out, "tokens": tokens, "unit_rows": unit_rows, "device": device}
-    forward = {"token_layer": token_layer, "precision": precision, "compile": compile, "channels_last": channels_last}
+    forward = {"token_layer": token_layer, "precision": precision, "compile": compile, "channels_last": channels_last, "reduce": reduce, "encode": encode}
     config = config_of(ExtractConfig, "extract", recipe, settings, options | forward)
     if data is None and config.data == "scenes":
         say("notice: no --data, so the built-in scenes are used.")

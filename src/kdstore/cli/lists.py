@@ -40,6 +40,20 @@ def list_losses(as_json: Json = False) -> None:
     show(describe_losses(), as_json)
 
 
+@list_app.command("codecs")
+def list_codecs(as_json: Json = False) -> None:
+    """List the value codecs of --encode and --reduce; chains of them, such as pool7+pca256+int8, are codecs too."""
+    forms = {
+        "poolG": "averages a square grid of image tokens to G x G",
+        "pcaK": "the K principal components, as floats unless int8 or pq follows",
+        "float16": "floats of 2 bytes, the default",
+        "float32": "floats of 4 bytes",
+        "int8": "a byte per channel, with a step per channel",
+        "pqM": "product quantisation: M bytes per vector (M divides its width)",
+    }
+    show(forms, as_json)
+
+
 @list_app.command("sources")
 def list_sources(as_json: Json = False) -> None:
     """List the kinds of data that --data takes."""

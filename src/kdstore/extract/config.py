@@ -22,6 +22,9 @@ class ExtractConfig:
     out: str | None = None  # default: store/<short name of the teacher>
     tokens: str = "none"
     token_layer: str = "last"  # or last-before-norm, or a block's number, from the end if negative
+    encode: str | None = None  # value codec of embeddings, such as int8 or pca256+int8; default: dtype
+    reduce: str | None = None  # value codec of tokens, such as pool7+pq64; default: dtype
+    codec_sample: int = 4096  # images and texts that codecs are fitted and measured on
     dtype: str = "float16"
     zstd: bool = False  # compress chunks
     unit_rows: int = 16_384
@@ -39,11 +42,16 @@ class ExtractConfig:
                 raise UnknownName.of(name, getattr(self, name), known)
         if not re.fullmatch(r"last|last-before-norm|-?[0-9]{1,4}", self.token_layer):
             raise ConfigError(f"Unknown token layer '{self.token_layer}'.", "Known: last, last-before-norm, or a block's number (-1 the last one's).")
-        for name in ("unit_rows", "batch", "threads"):
+        for name in ("unit_rows", "batch", "threads", "codec_sample"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
         if self.unit_rows & (self.unit_rows - 1):
             near = 1 << self.unit_rows.bit_length() - 1
             raise ConfigError(f"unit_rows must be a power of two, so that units end with shards; found {self.unit_rows}.", f"Take {near} or {2 * near}.")
+        if self.encode or self.reduce:
+            from kdstore.store import parse_chain  # needs NumPy and Zarr, which few recipes that are only read do
+
+            for text in (self.encode, self.reduce):
+                parse_chain(text or self.dtype, self.dtype)
         if not 0 <= self.max_invalid <= 1:
             raise ConfigError(f"max_invalid is a share from 0 to 1, found {self.max_invalid}.", "Correct max_invalid.")

@@ -52,7 +52,7 @@ class Compared:
 class RecomputeReport:
     """What `recompute` found; `differs` are the parts of the identity that the teacher does not have, as (store's, teacher's).
 
-    `skipped` are features that are stored as codes or reduced, so that a cosine with the teacher's own says nothing.
+    `skipped` are features that are stored as codes or reduced without a codec, so that a cosine with the teacher's own says nothing.
     """
 
     path: Path
@@ -94,8 +94,10 @@ def recompute(
     compared = {}
     for name, live in features.items():
         chosen, reduced = images if name.startswith("image/") else texts, live.shape[1:] != store.arrays[name].row_shape
-        if not (reduced and name.endswith("/tokens")):
-            compared[name] = _compare(store.gather(name, chosen), live, chosen)
+        if name in store.codecs:
+            compared[name] = _compared(_coded_cosine(store, name, live, chosen), chosen)
+        elif not (reduced and name.endswith("/tokens")):
+            compared[name] = _compared(_least_cosine(store.gather(name, chosen), live), chosen)
     skipped = tuple(name for name in (*IMAGE_FEATURES, *TEXT_FEATURES) if name in store.arrays and name not in compared)
     return RecomputeReport(store.path, model.identity["teacher"]["name"], source.spec, seed, compared, skipped, _differences(store.identity, model.identity))
 
@@ -131,7 +133,7 @@ def _some(valid_N: npt.NDArray[np.bool_], count: int, rng: np.random.Generator) 
 
 def _of_images(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
     """Encode images; returns the arrays of floats that the store has too."""
-    names = _floats(store, IMAGE_FEATURES)
+    names = _features(store, IMAGE_FEATURES)
     layer = _token_layer(store, model, "image", image_token_form)
     stored = _index_of(store, "image")
     places = _places(source, {int(row): stored("key", int(row)) for row in rows})
@@ -145,7 +147,7 @@ def _of_images(store: Store, model: Model, source: Source, rows: npt.NDArray[np.
 
 
 def _of_texts(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
-    names = _floats(store, TEXT_FEATURES)
+    names = _features(store, TEXT_FEATURES)
     layer = _token_layer(store, model, "text", text_token_form)
     stored, image = _index_of(store, "text"), _index_of(store, "image")
     image_rows = np.searchsorted(store.offsets, rows, side="right") - 1
@@ -173,9 +175,9 @@ def _token_layer(store: Store, model: Model, side: str, form_of: Callable[[Model
     return layer
 
 
-def _floats(store: Store, names: tuple[str, ...]) -> list[str]:
-    """Those of the arrays that the store has as floats."""
-    return [name for name in names if name in store.arrays and store.arrays[name].dtype.startswith("float")]
+def _features(store: Store, names: tuple[str, ...]) -> list[str]:
+    """Those of the arrays that the store has as floats, or as codes that say what they mean."""
+    return [name for name in names if name in store.arrays and (name in store.codecs or store.arrays[name].dtype.startswith("float"))]
 
 
 def _index_of(store: Store, side: Any) -> Callable[[str, int], str]:
@@ -220,8 +222,21 @@ def _encoded(
     return {name: np.concatenate(found) for name, found in parts.items() if found}
 
 
-def _compare(stored: npt.NDArray[Any], live: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Compared:
-    cosine = _least_cosine(stored, live)
+def _coded_cosine(store: Store, name: str, live: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Float64:
+    """Return the cosine of decoded rows [B] with the teacher's, less what the codec itself takes from it.
+
+    A feature between two codes may fall on either side on another device; both decode to about the same cosine with it.
+    """
+    codec = store.codec(name)
+    if live.shape[1:] != codec.row_shape:
+        return np.full(len(live), -1.0)
+    features = codec.chain.pooled(live)
+    again = codec.decode(codec.encode(live))
+    again[(features == 0).all(-1)] = 0  # padding of texts
+    return np.minimum(1.0, 1.0 + _least_cosine(store.features(name, rows), features) - _least_cosine(again, features))
+
+
+def _compared(cosine: Float64, rows: npt.NDArray[np.int64]) -> Compared:
     worst = int(np.argmin(cosine))
     return Compared(len(rows), float(cosine[worst]), int(rows[worst]), tuple(rows[cosine < LEAST_COSINE].tolist()))
 

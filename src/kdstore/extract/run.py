@@ -11,13 +11,14 @@ import platform
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import open_clip
 import torch
 
@@ -25,15 +26,31 @@ from kdstore import __version__
 from kdstore.data.images import DECODING, reason_of
 from kdstore.data.source import Source, UndecodableImage
 from kdstore.data.sources import open_source
-from kdstore.errors import DiskFull, ModelError, SourceError
+from kdstore.errors import DiskFull, SourceError
 from kdstore.extract.config import ExtractConfig
+from kdstore.extract.fit import chains_of, encoded, fit_codecs, image_features, kept_codecs, sampled
 from kdstore.metrics.retrieval import retrieval_recall
-from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, image_token_form, in_batches, text_token_form
+from kdstore.models.encode import encode_image, encode_text, encode_text_tokens, image_token_form, in_batches, text_token_form
 from kdstore.models.load import Model, load_model
 from kdstore.models.memory import Fitting
 from kdstore.models.names import resolve
 from kdstore.progress import OnProgress, silent
-from kdstore.store import ArraySpec, Attempt, Plan, Store, StoreWriter, Unit, embedding_array, open_store, scalar_array, token_array
+from kdstore.store import (
+    ArraySpec,
+    Attempt,
+    Codec,
+    Plan,
+    Store,
+    StoreWriter,
+    Unit,
+    codec_files,
+    codec_identity,
+    embedding_array,
+    open_store,
+    scalar_array,
+    token_array,
+)
+from kdstore.store.plan import Side
 
 CHECKED_PAIRS = 64  # pairs of the sanity check
 LONG_RUN = 512  # images from which the check is worth its time
@@ -63,7 +80,8 @@ class _Run:
     source: Source
     plan: Plan
     model: Model
-    shapes: dict[str, tuple[int, ...]]  # of one row of each array
+    specs: dict[str, ArraySpec]
+    codecs: dict[str, Codec]
     totals: dict[str, int]
     pool: ThreadPoolExecutor
     fitting: Fitting
@@ -98,9 +116,11 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     arrays = planned_arrays(config, model, plan)
     _check_space(out, plan, arrays)
     started = time.perf_counter()
-    with StoreWriter.open(out, plan=plan, arrays=arrays, identity=store_identity(config, model, plan)) as writer:
+    fitting = Fitting(lambda notice: _say(notices, on_progress, notice))
+    codecs = _codecs(out, config, source, plan, model, fitting, on_progress)
+    constants = {path: content for name, codec in codecs.items() for path, content in codec_files(name, codec).items()}
+    with StoreWriter.open(out, plan=plan, arrays=arrays, identity=store_identity(config, model, plan, codecs), constants=constants) as writer:
         pending = writer.pending()
-        fitting = Fitting(lambda notice: _say(notices, on_progress, notice))
         check = _check_teacher(model, source, config.batch, fitting) if pending and plan.num_images >= LONG_RUN else None
         if check is not None and check["warning"]:
             notices.append(check["warning"])
@@ -108,8 +128,8 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
         with ThreadPoolExecutor(config.threads) as pool:
             totals = {side: sum(len(u) for u in pending if u.side == side) for side in ("image", "text")}
             earlier, valid = writer.recorded_images()
-            shapes = {spec.name: spec.shape[1:] for spec in arrays}
-            run = _Run(config, source, plan, model, shapes, totals, pool, fitting, on_progress, earlier_images=earlier, invalid=earlier - valid)
+            specs = {spec.name: spec for spec in arrays}
+            run = _Run(config, source, plan, model, specs, codecs, totals, pool, fitting, on_progress, earlier_images=earlier, invalid=earlier - valid)
             for unit in pending:
                 with writer.attempt(unit) as attempt:
                     (_write_images if unit.side == "image" else _write_texts)(run, attempt, unit)
@@ -162,6 +182,7 @@ def _account(run: _Run, seconds: float, check: dict[str, Any] | None, *, resumed
             "images_per_second": round(run.images / seconds, 2),
         },
         "recall_check": check,
+        "codecs": {name: {"codec": str(codec.chain), **codec.record} for name, codec in run.codecs.items()},
         "batch": run.config.batch,
         "batch_after_out_of_memory": run.fitting.sizes,
         "compile": run.config.compile,
@@ -172,46 +193,48 @@ def _account(run: _Run, seconds: float, check: dict[str, Any] | None, *, resumed
     }
 
 
-def planned_arrays(config: ExtractConfig, model: Model, plan: Plan) -> list[ArraySpec]:
-    """List the arrays that a run writes: embeddings of both sides, tokens as asked."""
-    form: dict[str, Any] = {"dtype": config.dtype, "zstd": config.zstd}
-    arrays = [embedding_array(plan, side, model.embed_dim, **form) for side in ("image", "text")]
+def feature_shapes(config: ExtractConfig, model: Model) -> dict[str, tuple[int, ...]]:
+    """Return the shape of a row of every array of features that a run computes, before any codec."""
+    shapes: dict[str, tuple[int, ...]] = {f"{side}/embedding": (model.embed_dim,) for side in ("image", "text")}
     if config.tokens in ("image", "both"):
-        arrays.append(token_array(plan, "image", *image_token_form(model, config.token_layer).shape, **form))
+        shapes["image/tokens"] = image_token_form(model, config.token_layer).shape
     if config.tokens in ("text", "both"):
-        arrays.append(token_array(plan, "text", *text_token_form(model, config.token_layer).shape, **form))
-        arrays.append(scalar_array(plan, "text/length", "int64"))
-    return arrays
+        shapes["text/tokens"] = text_token_form(model, config.token_layer).shape
+    return shapes
 
 
-def store_identity(config: ExtractConfig, model: Model, plan: Plan) -> dict[str, Any]:
+def planned_arrays(config: ExtractConfig, model: Model, plan: Plan) -> list[ArraySpec]:
+    """List the arrays that a run writes: embeddings of both sides, tokens as asked, as their codecs leave them; raises ConfigError if one does not fit."""
+    chains, arrays = chains_of(config), []
+    for name, shape in feature_shapes(config, model).items():
+        side: Side = "image" if name.startswith("image/") else "text"
+        describe = embedding_array if name.endswith("/embedding") else token_array
+        arrays.append(describe(plan, side, *chains[name].shapes(shape)[-1], dtype=chains[name].dtype, zstd=config.zstd))
+    return [*arrays, scalar_array(plan, "text/length", "int64")] if config.tokens in ("text", "both") else arrays
+
+
+def store_identity(config: ExtractConfig, model: Model, plan: Plan, codecs: Mapping[str, Codec]) -> dict[str, Any]:
     """Build what the features depend on: teacher, preprocessing, tokenizer, how images are decoded, source, and how each array is encoded."""
     encoding = {"norm": "none", "precision": config.precision, "views": ["plain"]}
-    arrays = {f"{side}/embedding": {**encoding, "layer": "output"} for side in ("image", "text")}
+    arrays: dict[str, dict[str, Any]] = {f"{side}/embedding": {**encoding, "layer": "output"} for side in ("image", "text")}
     for side, form_of in (("image", image_token_form), ("text", text_token_form)):
         if config.tokens in (side, "both"):
             arrays[f"{side}/tokens"] = {**encoding, **form_of(model, config.token_layer).encoding}
+    for name, codec in codecs.items():
+        arrays[name]["codec"] = codec_identity(codec)
     return {**model.identity, "decoding": DECODING, "source": {"fingerprint": plan.fingerprint}, "arrays": arrays}
 
 
 def _write_images(run: _Run, attempt: Attempt, unit: Unit) -> None:
-    names = [name for name in run.shapes if name.startswith("image/")]
+    names = [name for name in run.specs if name.startswith("image/")]
     started, before, reasons = time.perf_counter(), run.images, ["in an earlier unit"]
-
-    def encode(image_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if "image/tokens" in names:
-            return encode_image_tokens(run.model, image_BCHW, run.config.token_layer)
-        return (encode_image(run.model, image_BCHW),)
-
     for decoded in _batches_ahead(run, unit):
         pixels = [d for d, _ in decoded if d is not None]
         rows = [info for _, info in decoded]
-        features: tuple[torch.Tensor, ...] = ()
-        if pixels:
-            features = run.fitting.run("image", encode, torch.stack(pixels))
+        features = image_features(run.config, run.model, run.fitting, torch.stack(pixels)) if pixels else {}
         valid = np.array([info["valid"] for info in rows], bool)
-        for k, name in enumerate(names):
-            attempt.append(name, _block(run, name, features[k] if features else None, valid))
+        for name in names:
+            attempt.append(name, _block(run, name, features.get(name), valid))
         attempt.index(rows)
         run.images += len(rows)
         run.invalid += int((~valid).sum())
@@ -235,13 +258,16 @@ def _write_texts(run: _Run, attempt: Attempt, unit: Unit) -> None:
     batch, texts = 4 * run.config.batch, run.plan.texts(unit.start, unit.stop)
     valid = np.ones(len(texts), bool)
     embedding_MD = in_batches(lambda part: run.fitting.run("text", lambda some: (encode_text(run.model, some),), part)[0], texts, batch)
-    attempt.append("text/embedding", _block(run, "text/embedding", embedding_MD, valid))
-    if "text/tokens" in run.shapes:
+    attempt.append("text/embedding", _block(run, "text/embedding", embedding_MD.numpy(), valid))
+    if "text/tokens" in run.specs:
         for start in range(0, len(texts), batch):
             part = texts[start : start + batch]
             hidden_BLW, length_B = run.fitting.run("text", lambda some: encode_text_tokens(run.model, some, run.config.token_layer), part)
-            attempt.append("text/tokens", _block(run, "text/tokens", hidden_BLW, valid[: len(hidden_BLW)]))
-            attempt.append("text/length", length_B.cpu().numpy())
+            length_B = length_B.cpu()
+            block = _block(run, "text/tokens", hidden_BLW.cpu().numpy(), valid[: len(hidden_BLW)])
+            block[np.arange(block.shape[1]) >= length_B.numpy()[:, None]] = 0  # code 0, whatever it decodes to
+            attempt.append("text/tokens", block)
+            attempt.append("text/length", length_B.numpy())
     run.texts += len(texts)
     run.on_progress("texts", run.texts, run.totals["text"], "")
 
@@ -275,19 +301,23 @@ def _decode(source: Source, model: Model, row: int) -> _Decoded:
         return None, {**info, "valid": 0, "reason": reason_of(e)}
 
 
-def _block(run: _Run, name: str, features: torch.Tensor | None, valid: np.ndarray) -> np.ndarray:
-    """Lay the features of valid rows out among NaN rows in the stored dtype; raises ModelError for values that it cannot hold."""
-    dtype, shape = run.config.dtype, run.shapes[name]
-    block = np.full((len(valid), *shape), np.nan, dtype)
+def _block(run: _Run, name: str, features: npt.NDArray[np.float32] | None, valid: np.ndarray) -> np.ndarray:
+    """Lay the features of valid rows, as they are stored, out among rows of NaN or code 0; raises ModelError for values that cannot be stored."""
+    spec = run.specs[name]
+    block = np.full((len(valid), *spec.shape[1:]), spec.fill, spec.dtype)
     if features is not None:
-        with np.errstate(over="ignore"):
-            stored = features.cpu().numpy().astype(dtype)
-        bad = ~np.isfinite(stored.reshape(len(stored), -1)).all(1)
-        if bad.any():
-            found = f"{int(bad.sum())} rows of {name} hold NaN, infinity or values beyond {dtype}."
-            raise ModelError(found, "Store them with --set dtype=float32, or compute them with --set precision=fp32.")
-        block[valid] = stored.reshape(-1, *shape)
+        block[valid] = encoded(name, features, run.codecs.get(name), spec.dtype).reshape(-1, *spec.shape[1:])
     return block
+
+
+def _codecs(out: Path, config: ExtractConfig, source: Source, plan: Plan, model: Model, fitting: Fitting, on_progress: OnProgress) -> dict[str, Codec]:
+    """Return the fitted codecs of a run: those of an earlier process, or new ones."""
+    chains, shapes = chains_of(config), feature_shapes(config, model)
+    kept = kept_codecs(out, chains, shapes)
+    if kept is not None:
+        return kept
+    batches = sampled(config, plan, model, fitting, lambda row: _decode(source, model, row)[0], on_progress)
+    return fit_codecs(chains, shapes, batches, min(config.codec_sample, plan.num_images), model.logit_scale)
 
 
 def _check_space(out: Path, plan: Plan, arrays: Sequence[ArraySpec]) -> None:

@@ -1,0 +1,138 @@
+"""Codecs in an extraction: fitted before the first unit, measured on rows held out, the same after a resume."""
+
+import numpy as np
+import pytest
+import torch
+
+from kdstore.data.scenes import Scenes
+from kdstore.distill.targets import StoreTargets
+from kdstore.errors import ConfigError, IdentityMismatch, ModelError
+from kdstore.extract.config import ExtractConfig
+from kdstore.extract.fit import encoded
+from kdstore.extract.recompute import recompute
+from kdstore.extract.run import extract
+from kdstore.jsonfile import read_json
+from kdstore.models.encode import encode_image_tokens, encode_text_tokens
+from kdstore.models.load import load_model
+from kdstore.store import open_store, verify_store
+
+CODECS = {"tokens": "both", "encode": "int8", "reduce": "pool3+pca24+int8"}
+
+
+def config(out, **changes):
+    return ExtractConfig(**{"teacher": "scenes-T", "untrained_seed": 0, "data": "scenes/val:70", "out": str(out), "unit_rows": 32, "device": "cpu", **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "s"
+    return path, extract(config(path, **CODECS))
+
+
+def test_decoded_features_are_those_of_the_teacher_within_the_stated_error(whole):
+    path = whole[0]
+    store, model, source = open_store(path), load_model("scenes-T", untrained=True, device="cpu"), Scenes("val", 70)
+    assert verify_store(path).ok
+    assert {name: str(codec.chain) for name, codec in store.codecs.items()} == {
+        "image/embedding": "int8",
+        "text/embedding": "int8",
+        "image/tokens": "pool3+pca24+int8",
+        "text/tokens": "pca24+int8",
+    }
+    rows = np.arange(70)
+    embedding, tokens = encode_image_tokens(model, torch.stack([model.preprocess(source.image(i).image) for i in rows]))
+    run = read_json(path / "run.json")["codecs"]
+    for name, live in (("image/embedding", embedding.numpy()), ("image/tokens", store.codec("image/tokens").chain.pooled(tokens.numpy()))):
+        found = store.features(name, rows)
+        assert found.shape == live.shape
+        cosine = (found * live).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(live, axis=-1)
+        stated = store.codecs[name].record["held_out"]
+        assert stated == run[name]["held_out"]
+        assert cosine.mean() == pytest.approx(stated["cosine"]["mean"], abs=0.02)
+    held_out = run["image/embedding"]["held_out"]
+    assert held_out["cosine"]["min"] > 0.999
+    assert held_out["logit_error_max"] < 0.05 * model.logit_scale
+    assert held_out["top1_agreement_image_to_text"] > 0.8
+    assert 0 < run["image/tokens"]["held_out"]["explained_variance"] <= 1
+    assert run["image/tokens"]["held_out"]["token_to_cell_cosine"]["mean"] <= 1
+    texts = store.captions()[:9]
+    hidden, lengths = encode_text_tokens(model, texts)
+    decoded = store.features("text/tokens", np.arange(9))
+    beyond = np.arange(hidden.shape[1]) >= lengths.numpy()[:, None]
+    assert (decoded[beyond] == 0).all()
+    assert (store.gather("text/tokens", np.arange(9))[beyond] == 0).all()
+    assert np.abs(decoded[~beyond]).sum() > 0
+
+
+def test_a_student_is_given_decoded_embeddings(whole):
+    store = open_store(whole[0])
+    targets = StoreTargets(store, ("image/embedding", "text/embedding"))
+    np.testing.assert_array_equal(targets.image_embeddings(np.array([3, 1])), store.features("image/embedding", [3, 1]))
+    assert targets.text_embeddings(np.array([0])).dtype == np.float32
+    assert targets.dim == store.features("image/embedding", [0]).shape[1]
+
+
+def test_a_run_that_stopped_takes_its_codecs_from_the_build_folder(whole, tmp_path, monkeypatch):
+    def stop(stage, done, total, note):
+        if stage == "images" and done > 40:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        extract(config(tmp_path / "s", **CODECS), on_progress=stop)
+    monkeypatch.setattr("kdstore.extract.run.fit_codecs", None)  # nothing is fitted again
+    with pytest.raises(IdentityMismatch):
+        extract(config(tmp_path / "s", **{**CODECS, "precision": "bf16"}))
+    assert extract(config(tmp_path / "s", **CODECS)).digest == whole[1].digest
+    assert extract(config(tmp_path / "s", **CODECS)).written_images == 0
+
+
+def test_the_teacher_runs_again_on_coded_features(whole, tmp_path):
+    report = recompute(whole[0], 12, device="cpu")
+    assert report.ok
+    assert report.skipped == ()
+    assert set(report.arrays) == {"image/embedding", "text/embedding", "image/tokens", "text/tokens"}
+    other = load_model("scenes-T", untrained=True, seed=1, device="cpu")
+    torch.save(other.clip.state_dict(), tmp_path / "other.pt")
+    wrong = recompute(whole[0], 12, teacher="scenes-T", pretrained=str(tmp_path / "other.pt"), device="cpu")
+    assert all(compared.failed for compared in wrong.arrays.values())
+
+
+def test_an_undecodable_image_has_code_0_and_no_features(tmp_path):
+    from PIL import Image
+
+    for k in range(12):
+        Image.new("RGB", (70, 64), (20 * k, 9, 250 - 20 * k)).save(tmp_path / f"{k}.png")
+    (tmp_path / "2.png").write_text("no image")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{k}.png,number {k}\n" for k in range(12)))
+    extract(config(tmp_path / "s", data=str(tmp_path), tokens="image", encode="int8", reduce="pca4"))
+    store = open_store(tmp_path / "s")
+    assert (store.gather("image/embedding", [2]) == 0).all()
+    assert np.isnan(store.gather("image/tokens", [2])).all()
+    for name in ("image/embedding", "image/tokens"):
+        invalid = np.isnan(store.features(name, np.arange(12))).reshape(12, -1)
+        assert invalid.all(1).tolist() == [k == 2 for k in range(12)]
+        assert not invalid[[k for k in range(12) if k != 2]].any()
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"encode": "pool2"}, "square grid"), ({"encode": "pca65"}, "pca64|channels"), ({"encode": "pq64"}, "256")])
+def test_a_codec_that_does_not_fit_is_refused_before_anything_is_written(changes, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        extract(config(tmp_path / "s", **changes))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("changes", [{"encode": "int9"}, {"reduce": "int8+pca4"}, {"codec_sample": 0}])
+def test_a_codec_that_is_none_is_refused_with_the_settings(changes):
+    with pytest.raises(ConfigError):
+        config("s", **changes)
+
+
+def test_values_that_are_not_finite_are_counted_and_refused():
+    rows = np.ones((4, 3), np.float32)
+    rows[1, 0], rows[2, :2] = np.nan, np.inf
+    with pytest.raises(ModelError, match="4 rows hold 1 NaN, 2 infinite values and 0 beyond"):
+        encoded("image/embedding", rows, None, "float32")
+    rows[1:3] = 7e4
+    with pytest.raises(ModelError, match="0 NaN, 0 infinite values and 6 beyond float16"):
+        encoded("image/embedding", rows, None, "float16")
+    assert encoded("image/embedding", rows, None, "float32").tolist() == rows.tolist()
