@@ -15,13 +15,13 @@ class DemoConfig:
     teachers: tuple[str, ...] = ("scenes-S", "scenes-L")
     student: str = "scenes-T"
     loss: str = "clip-kd-free"
-    images: int = 5_000  # training scenes, seen by extraction, distillation and the VQA heads
-    samples: int = 20_000  # pairs that each student sees
+    images: int = 6_000  # training scenes, seen by extraction, distillation and the VQA heads
+    samples: int = 16_000  # pairs that each student sees
     batch_size: int = 64
     learning_rate: float = 2e-3
     seeds: tuple[int, ...] = (0,)
     retrieval_images: int = 1_000
-    vqa_train_images: int = 2_000
+    vqa_train_images: int = 2_500
     vqa_test_images: int = 1_000
     vqa_epochs: int = 3
     device: str = "auto"
