@@ -29,7 +29,8 @@ from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, decode_c
 
 MAPPED_CHUNK_BYTES = 1 << 18  # larger chunks gain nothing from a mapping
 OPEN_SHARDS = 128
-THREAD_BYTES = 4 << 20  # a batch is split over threads when each gets at least this much; with less, waking them costs more than they save
+PIECE_BYTES = 320_000  # threads take such pieces of a batch in turn: who began late or shares its core takes fewer
+THREAD_BYTES = 1_200_000  # a batch is worth a thread for each of these; with less, waking it costs more than it saves
 DECODING_THREAD_BYTES = 1 << 18  # the same for chunks that must be decoded
 _NEVER = 1 << 32  # no four bytes are this seal
 
@@ -95,7 +96,7 @@ class ArrayReader:
             part = slice(start, stop)
             return copy_rows(rows_B[part], views_B[part], self._addresses, self._ends, self._seals, rows, views, chunk_shift, shard_shift, target[part])
 
-        results = _in_parts(copy, target, THREAD_BYTES)
+        results = _in_pieces(copy, target, THREAD_BYTES)
         if max(results) > COPIED:
             raise self._cut(max(results))
         return UNKNOWN not in results
@@ -123,7 +124,7 @@ class ArrayReader:
                     out[i] = raw[begin : begin + out.shape[1]]
 
         plain = self._spec.codecs == PLAIN
-        _in_parts(read, out, THREAD_BYTES if plain else DECODING_THREAD_BYTES)
+        _in_pieces(read, out, THREAD_BYTES if plain else DECODING_THREAD_BYTES)
         if plain:  # others were compared with their crc32c after they were read
             for number in np.unique(chunks_B // self._spec.chunks_per_shard).tolist():
                 end = os.pread(self._descriptor(number).fd, CRC_BYTES, self._manifest.entry(self._spec.shard_path(number)).size - CRC_BYTES)
@@ -253,21 +254,28 @@ _opening = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 
 
-def _in_parts(work: Callable[[int, int], T], out: Bytes, thread_bytes: int) -> list[T]:
+def _in_pieces(work: Callable[[int, int], T], out: Bytes, thread_bytes: int) -> list[T]:
     """Call `work(start, stop)` over the rows of `out`, on as many cores as the bytes are worth, and return the results."""
     global _pool
-    parts = max(1, min(_cores(), out.nbytes // thread_bytes, len(out)))
-    if parts == 1:
+    threads = min(_cores(), out.nbytes // thread_bytes)
+    if threads <= 1:
         return [work(0, len(out))]
     if _pool is None:
         _pool = ThreadPoolExecutor(_cores(), "gather")
-    bounds = np.linspace(0, len(out), parts + 1).astype(int).tolist()
-    futures = [_pool.submit(work, start, stop) for start, stop in itertools.pairwise(bounds[:-1])]
+    count = min(out.nbytes // min(PIECE_BYTES, thread_bytes) // threads * threads + 1, len(out))  # the one more is for this thread: a sleeper wakes late
+    bounds = [len(out) * i // count for i in range(count + 1)]
+    pieces = iter(list(itertools.pairwise(bounds)))  # one iterator for all threads: a piece goes to who asks first
+
+    def take() -> list[T]:
+        return [work(start, stop) for start, stop in pieces]
+
+    others = [_pool.submit(take) for _ in range(threads - 1)]
     try:
-        last = work(bounds[-2], bounds[-1])
+        results = take()
     finally:
-        wait(futures)  # nobody may write into `out` after this function has ended
-    return [*(future.result() for future in futures), last]
+        started = [future for future in others if not future.cancel()]
+        wait(started)  # nobody may write into `out` after this function has ended
+    return [*results, *(result for future in started for result in future.result())]
 
 
 def _cores() -> int:
