@@ -30,7 +30,7 @@ from peers import PEERS, Read  # noqa: E402
 from kdstore.store import ArraySpec, Plan, Store, StoreWriter, embedding_array, open_store, token_array  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - started
-PEER_EVERY = 10  # repeats of our own for one of a peer, which take up to a thousand times as long
+PEER_EVERY = 50  # repeats of our own for one of a peer: a peer takes up to a thousand times as long, and leaves a cold cache and a sleeping core
 BLOCK_ROWS = 4096
 
 

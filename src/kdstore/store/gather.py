@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -32,6 +33,8 @@ OPEN_SHARDS = 128
 PIECE_BYTES = 320_000  # threads take such pieces of a batch in turn: who began late or shares its core takes fewer
 THREAD_BYTES = 1_200_000  # a batch is worth a thread for each of these; with less, waking it costs more than it saves
 DECODING_THREAD_BYTES = 1 << 18  # the same for chunks that must be decoded
+LARGE_BYTES = 16 << 20  # whatever waking threads costs, a batch from here on is worth it
+TRY_EVERY = 16  # gathers of a smaller batch, until the way that was slower lately is tried again
 _NEVER = 1 << 32  # no four bytes are this seal
 
 T = TypeVar("T")
@@ -48,6 +51,7 @@ class ArrayReader:
         self._addresses = np.zeros(spec.num_chunks if self._mapped else 0, np.uint64)  # of mapped chunks; 0 = not yet checked
         self._checked = np.zeros(0 if self._mapped else spec.num_chunks, bool)
         self._ends = np.zeros(spec.num_shards if self._mapped else 0, np.uint64)  # addresses of the last four bytes
+        self._pace = _Pace()
         self._seals = np.zeros(spec.num_shards, np.uint64)  # what these bytes must be
         self._indices: dict[int, Int64] = {}
         self._maps: dict[int, Bytes] = {}
@@ -96,7 +100,7 @@ class ArrayReader:
             part = slice(start, stop)
             return copy_rows(rows_B[part], views_B[part], self._addresses, self._ends, self._seals, rows, views, chunk_shift, shard_shift, target[part])
 
-        results = _in_pieces(copy, target, THREAD_BYTES)
+        results = self._pace.run(copy, target)
         if max(results) > COPIED:
             raise self._cut(max(results))
         return UNKNOWN not in results
@@ -124,7 +128,7 @@ class ArrayReader:
                     out[i] = raw[begin : begin + out.shape[1]]
 
         plain = self._spec.codecs == PLAIN
-        _in_pieces(read, out, THREAD_BYTES if plain else DECODING_THREAD_BYTES)
+        _in_pieces(read, out, _threads(out, THREAD_BYTES if plain else DECODING_THREAD_BYTES))
         if plain:  # others were compared with their crc32c after they were read
             for number in np.unique(chunks_B // self._spec.chunks_per_shard).tolist():
                 end = os.pread(self._descriptor(number).fd, CRC_BYTES, self._manifest.entry(self._spec.shard_path(number)).size - CRC_BYTES)
@@ -254,15 +258,38 @@ _opening = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 
 
-def _in_pieces(work: Callable[[int, int], T], out: Bytes, thread_bytes: int) -> list[T]:
-    """Call `work(start, stop)` over the rows of `out`, on as many cores as the bytes are worth, and return the results."""
+class _Pace:
+    """Finds out whether threads are worth waking for a batch: a core that slept, or has other work, begins so late that one alone ends sooner."""
+
+    def __init__(self) -> None:
+        self._gathers = 0
+        self._seconds = [0.0, 0.0]  # per byte, lately: alone, in threads
+
+    def run(self, work: Callable[[int, int], T], out: Bytes) -> list[T]:
+        threads = _threads(out, THREAD_BYTES)
+        if threads == 1 or out.nbytes >= LARGE_BYTES:
+            return _in_pieces(work, out, threads)
+        self._gathers += 1
+        together = (self._seconds[True] <= self._seconds[False]) != (self._gathers % TRY_EVERY == 0)
+        start = time.perf_counter()
+        results = _in_pieces(work, out, threads if together else 1)
+        self._seconds[together] += ((time.perf_counter() - start) / out.nbytes - self._seconds[together]) / 2
+        return results
+
+
+def _threads(out: Bytes, thread_bytes: int) -> int:
+    return max(1, min(_cores(), out.nbytes // thread_bytes))
+
+
+def _in_pieces(work: Callable[[int, int], T], out: Bytes, threads: int) -> list[T]:
+    """Call `work(start, stop)` over the rows of `out` and return the results."""
     global _pool
-    threads = min(_cores(), out.nbytes // thread_bytes)
-    if threads <= 1:
+    if threads == 1:
         return [work(0, len(out))]
     if _pool is None:
         _pool = ThreadPoolExecutor(_cores(), "gather")
-    count = min(out.nbytes // min(PIECE_BYTES, thread_bytes) // threads * threads + 1, len(out))  # the one more is for this thread: a sleeper wakes late
+    rounds = max(1, out.nbytes // PIECE_BYTES // threads)
+    count = min(rounds * threads + 1, len(out))  # the one more is for this thread: another would have to wake it
     bounds = [len(out) * i // count for i in range(count + 1)]
     pieces = iter(list(itertools.pairwise(bounds)))  # one iterator for all threads: a piece goes to who asks first
 
