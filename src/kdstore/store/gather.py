@@ -8,6 +8,7 @@ each shard, after its rows were copied, which a file cut in the meantime no long
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import threading
@@ -16,6 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,7 +36,8 @@ PIECE_BYTES = 320_000  # threads take such pieces of a batch in turn: who began 
 THREAD_BYTES = 1_200_000  # a batch is worth a thread for each of these; with less, waking it costs more than it saves
 DECODING_THREAD_BYTES = 1 << 18  # the same for chunks that must be decoded
 LARGE_BYTES = 16 << 20  # whatever waking threads costs, a batch from here on is worth it
-TRY_EVERY = 16  # gathers of a smaller batch, until the way that was slower lately is tried again
+ROUND, TRIAL = 128, 12  # smaller ones: of so many gathers, so many try one thread, as many try several, and the rest do what was faster
+PINNED = hasattr(os, "sched_setaffinity")  # Linux
 _NEVER = 1 << 32  # no four bytes are this seal
 
 T = TypeVar("T")
@@ -254,8 +257,9 @@ def _as_bytes(out: npt.NDArray[Any]) -> Bytes:
     return out.reshape(len(out), -1).view(np.uint8)
 
 
+_libc = ctypes.CDLL(None)
 _opening = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
+_helpers: dict[int, ThreadPoolExecutor] = {}
 
 
 class _Pace:
@@ -269,25 +273,23 @@ class _Pace:
         threads = _threads(out, THREAD_BYTES)
         if threads == 1 or out.nbytes >= LARGE_BYTES:
             return _in_pieces(work, out, threads)
+        trial = self._gathers % ROUND // TRIAL  # several in a row: a core that is woken often wakes sooner
         self._gathers += 1
-        together = (self._seconds[True] <= self._seconds[False]) != (self._gathers % TRY_EVERY == 0)
+        together = bool(trial) if trial < 2 else self._seconds[True] < self._seconds[False]
         start = time.perf_counter()
         results = _in_pieces(work, out, threads if together else 1)
-        self._seconds[together] += ((time.perf_counter() - start) / out.nbytes - self._seconds[together]) / 2
+        self._seconds[together] += ((time.perf_counter() - start) / out.nbytes - self._seconds[together]) / 4
         return results
 
 
 def _threads(out: Bytes, thread_bytes: int) -> int:
-    return max(1, min(_cores(), out.nbytes // thread_bytes))
+    return max(1, min(len(_cpus()), out.nbytes // thread_bytes))
 
 
 def _in_pieces(work: Callable[[int, int], T], out: Bytes, threads: int) -> list[T]:
     """Call `work(start, stop)` over the rows of `out` and return the results."""
-    global _pool
     if threads == 1:
         return [work(0, len(out))]
-    if _pool is None:
-        _pool = ThreadPoolExecutor(_cores(), "gather")
     rounds = max(1, out.nbytes // PIECE_BYTES // threads)
     count = min(rounds * threads + 1, len(out))  # the one more is for this thread: another would have to wake it
     bounds = [len(out) * i // count for i in range(count + 1)]
@@ -296,7 +298,7 @@ def _in_pieces(work: Callable[[int, int], T], out: Bytes, threads: int) -> list[
     def take() -> list[T]:
         return [work(start, stop) for start, stop in pieces]
 
-    others = [_pool.submit(take) for _ in range(threads - 1)]
+    others = [_helper(cpu).submit(take) for cpu in _other_cpus()[: threads - 1]]
     try:
         results = take()
     finally:
@@ -305,14 +307,34 @@ def _in_pieces(work: Callable[[int, int], T], out: Bytes, threads: int) -> list[
     return [*results, *(result for future in started for result in future.result())]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cpus() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if PINNED else list(range(os.cpu_count() or 1))
+
+
+def _other_cpus() -> list[int]:
+    """Return the processors that this thread may use but is not on, the next one first."""
+    here, cpus = _libc.sched_getcpu() if PINNED else 0, _cpus()
+    return [cpu for cpu in cpus if cpu > here] + [cpu for cpu in cpus if cpu < here]
+
+
+def _helper(cpu: int) -> ThreadPoolExecutor:
+    """Return the thread of a processor. It stays there: the kernel often wakes a thread on the very processor that it is to relieve."""
+    with _opening:
+        if cpu not in _helpers:
+            _helpers[cpu] = ThreadPoolExecutor(1, f"gather-{cpu}", _stay_on, (cpu,))
+        return _helpers[cpu]
+
+
+def _stay_on(cpu: int) -> None:
+    with suppress(OSError):  # taken from this process since
+        if PINNED:
+            os.sched_setaffinity(0, {cpu})
 
 
 def _after_fork() -> None:
     """Threads and held locks do not survive a fork; maps, tables and descriptors do."""
-    global _opening, _pool
-    _opening, _pool = threading.Lock(), None
+    global _opening, _helpers
+    _opening, _helpers = threading.Lock(), {}
 
 
 os.register_at_fork(after_in_child=_after_fork)
