@@ -124,8 +124,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     found: dict[str, Any] = {"memory_GB": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, "window_MB": args.window_mb}
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        for what, rows, batch in (("embeddings", args.rows, 1024), ("tokens", args.rows // 400, 32)):
+    for what, rows, batch in (("embeddings", args.rows, 1024), ("tokens", args.rows // 400, 32)):
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
             plan = numbered(rows, BLOCK_ROWS if what == "embeddings" else 64)
             spec = embedding_array(plan, "image", 1280) if what == "embeddings" else token_array(plan, "image", 256, 1664)
             write_store(Path(name) / what, plan, spec, repeated(rows, plan.unit_rows, math.prod(spec.row_shape)))

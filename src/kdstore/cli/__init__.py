@@ -77,6 +77,10 @@ def extract(
     pretrained: Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")] = None,
     data: Data = None,
     out: Annotated[str | None, typer.Option(help="The store; default: store/<short name of the teacher>.")] = None,
+    parent: Annotated[
+        str | None, typer.Option(help="Add arrays to the rows of this store, in a store beside it: its embeddings are not computed again.")
+    ] = None,
+    keys: Annotated[str | None, typer.Option(metavar="FILE", help="Of the parent's rows those with these keys, one per line.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token features to keep: none, image, text or both.")] = None,
     token_layer: Annotated[str | None, typer.Option(help="last, last-before-norm, or the number of a block (-1 the last).")] = None,
     reduce: Annotated[str | None, typer.Option(metavar="CODEC", help="Codec of tokens, such as pool7+pq64; see 'kdstore list codecs'.")] = None,
@@ -94,9 +98,18 @@ def extract(
     from kdstore.extract.config import ExtractConfig
 
     options = {"teacher": teacher, "pretrained": pretrained, "data": data, "out": out, "tokens": tokens, "unit_rows": unit_rows, "device": device}
-    forward = {"token_layer": token_layer, "precision": precision, "compile": compile, "channels_last": channels_last, "reduce": reduce, "encode": encode}
-    config = config_of(ExtractConfig, "extract", recipe, settings, options | forward)
-    if data is None and config.data == "scenes":
+    more = {
+        "parent": parent,
+        "keys": keys,
+        "token_layer": token_layer,
+        "precision": precision,
+        "compile": compile,
+        "channels_last": channels_last,
+        "reduce": reduce,
+        "encode": encode,
+    }
+    config = config_of(ExtractConfig, "extract", recipe, settings, options | more)
+    if config.data is None and config.parent is None:
         say("notice: no --data, so the built-in scenes are used.")
     from kdstore.extract import run
 

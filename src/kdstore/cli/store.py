@@ -176,9 +176,8 @@ def store_subset(
     from kdstore import store
 
     chosen = None if rows is None else _slice(rows)
-    lines = None if keys is None else _lines(keys)
     with bars() as on_progress:
-        made = store.subset_store(path, out, rows=chosen, keys=lines, arrays=_names(arrays), on_progress=on_progress)
+        made = store.subset_store(path, out, rows=chosen, keys=None if keys is None else store.read_keys(keys), arrays=_names(arrays), on_progress=on_progress)
     show(made, as_json)
 
 
@@ -243,10 +242,3 @@ def _slice(text: str) -> slice:
         return slice(start, stop)
     except ValueError as e:
         raise ConfigError(f"--rows is START:STOP, found '{text}'.", "For the first thousand rows: --rows :1000.") from e
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"Cannot read the keys in {path}: {e}.", "Name a text file with a key per line.") from e

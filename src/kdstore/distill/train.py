@@ -103,11 +103,7 @@ def _open_source(config: DistillConfig, store: Store | None) -> Source:
         return open_source(config.data)
     if store is None:
         raise ConfigError("A student without a teacher needs images.", "Give --data SOURCE.")
-    record = store.path / "run.json"  # beside the manifest: where the data lay is no part of what the features are
-    spec = read_json(record).get("source") if record.is_file() else None
-    if spec is None:
-        raise ConfigError(f"{store.path} has no run.json that says which data it was extracted from.", "Give --data SOURCE.")
-    return open_source(spec)
+    return open_source(store.recorded_source)
 
 
 def _settings(config: DistillConfig, store: Store | None, source: Source, targets: Targets | None, precision: str) -> dict[str, Any]:

@@ -18,7 +18,9 @@ class ExtractConfig:
     teacher: str
     pretrained: str | None = None
     untrained_seed: int | None = None  # random weights of the architecture instead: a control
-    data: str = "scenes"
+    data: str | None = None  # default: what the parent was made from, or scenes
+    parent: str | None = None  # a store, to whose rows arrays are added, in a store beside it
+    keys: str | None = None  # a file with the keys of those rows of the parent that get them; default: all
     out: str | None = None  # default: store/<short name of the teacher>
     tokens: str = "none"
     token_layer: str = "last"  # or last-before-norm, or a block's number, from the end if negative
@@ -45,6 +47,10 @@ class ExtractConfig:
         for name in ("unit_rows", "batch", "threads", "codec_sample"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
+        if self.keys and not self.parent:
+            raise ConfigError("Keys choose rows of a parent.", "Name the store with --parent.")
+        if self.parent and (self.tokens == "none" or not self.out):
+            raise ConfigError("A store that adds to a parent needs arrays and a path.", "Give --tokens image and --out, a folder beside the parent.")
         if self.unit_rows & (self.unit_rows - 1):
             near = 1 << self.unit_rows.bit_length() - 1
             raise ConfigError(f"unit_rows must be a power of two, so that units end with shards; found {self.unit_rows}.", f"Take {near} or {2 * near}.")

@@ -58,7 +58,9 @@ class _Sample:
 
 def chains_of(config: ExtractConfig) -> dict[str, Chain]:
     """Return the codec of every array of features that a run writes; texts lie in no grid, so they are not pooled."""
-    chains = {f"{side}/embedding": parse_chain(config.encode or config.dtype, config.dtype) for side in ("image", "text")}
+    chains: dict[str, Chain] = {}
+    if config.parent is None:
+        chains = {f"{side}/embedding": parse_chain(config.encode or config.dtype, config.dtype) for side in ("image", "text")}
     tokens = parse_chain(config.reduce or config.dtype, config.dtype)
     if config.tokens in ("image", "both"):
         chains["image/tokens"] = tokens
@@ -98,8 +100,9 @@ def sampled(
             on_progress("fit codecs", start + len(pixels), total, "images")
     for start in range(0, len(text_rows), config.batch):
         texts = plan.captions.take(text_rows[start : start + config.batch]).to_pylist()
-        embedding_BD = fitting.run("text", lambda some: (encode_text(model, some),), texts)[0]
-        features, length_B = {"text/embedding": embedding_BD.cpu().numpy()}, None
+        features, length_B = {}, None
+        if config.parent is None:
+            features["text/embedding"] = fitting.run("text", lambda some: (encode_text(model, some),), texts)[0].cpu().numpy()
         if config.tokens in ("text", "both"):
             hidden_BLW, lengths = fitting.run("text", lambda some: encode_text_tokens(model, some, config.token_layer), texts)
             features["text/tokens"], length_B = hidden_BLW.cpu().numpy(), lengths.cpu().numpy()

@@ -11,7 +11,6 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import torch
 
 from kdstore.data.source import Source, UndecodableImage
 from kdstore.data.sources import open_source
-from kdstore.errors import JoinError, ModelError, SourceError
-from kdstore.jsonfile import read_json
+from kdstore.errors import JoinError, ModelError
+from kdstore.extract.parent import index_of
 from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, image_token_form, text_token_form
 from kdstore.models.load import Model, load_model
 from kdstore.models.towers import TokenForm
@@ -85,7 +84,7 @@ def recompute(
     the source does not hold the same images and captions.
     """
     store = open_store(path)
-    source = open_source(data or _recorded_source(store))
+    source = open_source(data or store.recorded_source)
     model = _open_teacher(store, teacher, pretrained, device)
     seed = secrets.randbits(32) if seed is None else seed
     rng = np.random.default_rng(seed)
@@ -100,14 +99,6 @@ def recompute(
             compared[name] = _compared(_least_cosine(store.gather(name, chosen), live), chosen)
     skipped = tuple(name for name in (*IMAGE_FEATURES, *TEXT_FEATURES) if name in store.arrays and name not in compared)
     return RecomputeReport(store.path, model.identity["teacher"]["name"], source.spec, seed, compared, skipped, _differences(store.identity, model.identity))
-
-
-def _recorded_source(store: Store) -> str:
-    record = store.path / "run.json"
-    spec = read_json(record).get("source") if record.is_file() else None
-    if not spec:
-        raise SourceError(f"{store.path} does not say which source it was made from.", "Name it with --data.")
-    return str(spec)
 
 
 def _open_teacher(store: Store, name: str | None, pretrained: str | None, device: str) -> Model:
@@ -135,11 +126,11 @@ def _of_images(store: Store, model: Model, source: Source, rows: npt.NDArray[np.
     """Encode images; returns the arrays of floats that the store has too."""
     names = _features(store, IMAGE_FEATURES)
     layer = _token_layer(store, model, "image", image_token_form)
-    stored = _index_of(store, "image")
-    places = _places(source, {int(row): stored("key", int(row)) for row in rows})
+    key, sha256 = (index_of(store, "image", column) for column in ("key", "sha256"))
+    places = _places(source, {row: key(row) for row in rows.tolist()})
 
     def encode(part: Sequence[int]) -> list[torch.Tensor]:
-        image_BCHW = torch.stack([_pixels(model, source, places[row], stored("sha256", row)) for row in part])
+        image_BCHW = torch.stack([_pixels(model, source, places[row], sha256(row)) for row in part])
         found = encode_image_tokens(model, image_BCHW, layer) if "image/tokens" in names else (encode_image(model, image_BCHW),)
         return [found[IMAGE_FEATURES.index(name)] for name in names]
 
@@ -149,13 +140,13 @@ def _of_images(store: Store, model: Model, source: Source, rows: npt.NDArray[np.
 def _of_texts(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
     names = _features(store, TEXT_FEATURES)
     layer = _token_layer(store, model, "text", text_token_form)
-    stored, image = _index_of(store, "text"), _index_of(store, "image")
+    key, sha256 = index_of(store, "image", "key"), index_of(store, "text", "sha256")
     image_rows = np.searchsorted(store.offsets, rows, side="right") - 1
-    places = _places(source, {int(row): image("key", int(row)) for row in image_rows})
+    places = _places(source, {row: key(row) for row in image_rows.tolist()})
     captions = {}
     for row, image_row in zip(rows.tolist(), image_rows.tolist(), strict=True):
         found = source.captions(places[image_row])[row - int(store.offsets[image_row]) :][:1]
-        if not found or hashlib.sha256(found[0].text.encode()).hexdigest() != stored("sha256", row):
+        if not found or hashlib.sha256(found[0].text.encode()).hexdigest() != sha256(row):
             raise JoinError(f"{source.spec} has another caption in text row {row} of {store.path}.", "Name the source that it was made from with --data.")
         captions[row] = found[0].text
 
@@ -178,16 +169,6 @@ def _token_layer(store: Store, model: Model, side: str, form_of: Callable[[Model
 def _features(store: Store, names: tuple[str, ...]) -> list[str]:
     """Those of the arrays that the store has as floats, or as codes that say what they mean."""
     return [name for name in names if name in store.arrays and (name in store.codecs or store.arrays[name].dtype.startswith("float"))]
-
-
-def _index_of(store: Store, side: Any) -> Callable[[str, int], str]:
-    """Return a function that looks one value of the index up, reading only the file of its unit."""
-
-    @cache
-    def column(name: str, unit: int) -> Any:
-        return store.index(side, name, slice(unit, unit + 1))
-
-    return lambda name, row: column(name, row // store.unit_rows)[row % store.unit_rows].as_py()
 
 
 def _places(source: Source, keys: dict[int, str]) -> dict[int, int]:

@@ -26,9 +26,10 @@ from kdstore import __version__
 from kdstore.data.images import DECODING, reason_of
 from kdstore.data.source import Source, UndecodableImage
 from kdstore.data.sources import open_source
-from kdstore.errors import DiskFull, SourceError
+from kdstore.errors import ConfigError, DiskFull, SourceError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.fit import chains_of, encoded, fit_codecs, image_features, kept_codecs, sampled
+from kdstore.extract.parent import RowsOfStore
 from kdstore.metrics.retrieval import retrieval_recall
 from kdstore.models.encode import encode_image, encode_text, encode_text_tokens, image_token_form, in_batches, text_token_form
 from kdstore.models.load import Model, load_model
@@ -43,10 +44,13 @@ from kdstore.store import (
     Store,
     StoreWriter,
     Unit,
+    child_identity,
     codec_files,
     codec_identity,
     embedding_array,
     open_store,
+    plan_child,
+    read_keys,
     scalar_array,
     token_array,
 )
@@ -97,7 +101,8 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
 
     Raises ModelError, SourceError, IdentityMismatch, StoreLocked, DiskFull; the store stays as the last recorded unit left it.
     """
-    source = source or open_source(config.data, on_progress=on_progress)
+    parent = open_store(config.parent) if config.parent else None
+    source = source or open_source(config.data or (parent.recorded_source if parent else "scenes"), on_progress=on_progress)
     seed = config.untrained_seed
     name = resolve(config.teacher, config.pretrained, untrained=seed is not None)
     notices = [*source.notices, *([name.notice] if name.notice else [])]
@@ -109,7 +114,13 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     on_progress("load", 1, 1, config.teacher)
     out = Path(config.out or f"store/{name.short}")
     on_progress("plan", 0, len(source), source.spec)
-    plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=config.unit_rows)
+    if parent is None:
+        plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=config.unit_rows)
+    else:
+        if held := sorted(feature_shapes(config, model).keys() & parent.arrays.keys()):
+            raise ConfigError(f"{parent.path} holds {' and '.join(held)} already.", "Ask for other --tokens, or make a store without --parent.")
+        rows, plan = plan_child(parent, read_keys(config.keys) if config.keys else None, config.unit_rows)
+        source = RowsOfStore(parent, rows, plan, source)
     if plan.num_texts == 0:
         raise SourceError(f"{source.spec} has no caption.", "Name the caption column, or give other data.")
     on_progress("plan", len(source), len(source), source.spec)
@@ -119,9 +130,12 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     fitting = Fitting(lambda notice: _say(notices, on_progress, notice))
     codecs = _codecs(out, config, source, plan, model, fitting, on_progress)
     constants = {path: content for name, codec in codecs.items() for path, content in codec_files(name, codec).items()}
-    with StoreWriter.open(out, plan=plan, arrays=arrays, identity=store_identity(config, model, plan, codecs), constants=constants) as writer:
+    identity = store_identity(config, model, plan, codecs)
+    if parent is not None:
+        identity = child_identity(parent, identity)
+    with StoreWriter.open(out, plan=plan, arrays=arrays, identity=identity, constants=constants) as writer:
         pending = writer.pending()
-        check = _check_teacher(model, source, config.batch, fitting) if pending and plan.num_images >= LONG_RUN else None
+        check = _check_teacher(model, source, config.batch, fitting) if parent is None and pending and plan.num_images >= LONG_RUN else None
         if check is not None and check["warning"]:
             notices.append(check["warning"])
             on_progress("warning", 0, 0, check["warning"])
@@ -195,7 +209,9 @@ def _account(run: _Run, seconds: float, check: dict[str, Any] | None, *, resumed
 
 def feature_shapes(config: ExtractConfig, model: Model) -> dict[str, tuple[int, ...]]:
     """Return the shape of a row of every array of features that a run computes, before any codec."""
-    shapes: dict[str, tuple[int, ...]] = {f"{side}/embedding": (model.embed_dim,) for side in ("image", "text")}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.parent is None:  # which has them
+        shapes = {f"{side}/embedding": (model.embed_dim,) for side in ("image", "text")}
     if config.tokens in ("image", "both"):
         shapes["image/tokens"] = image_token_form(model, config.token_layer).shape
     if config.tokens in ("text", "both"):
@@ -216,7 +232,9 @@ def planned_arrays(config: ExtractConfig, model: Model, plan: Plan) -> list[Arra
 def store_identity(config: ExtractConfig, model: Model, plan: Plan, codecs: Mapping[str, Codec]) -> dict[str, Any]:
     """Build what the features depend on: teacher, preprocessing, tokenizer, how images are decoded, source, and how each array is encoded."""
     encoding = {"norm": "none", "precision": config.precision, "views": ["plain"]}
-    arrays: dict[str, dict[str, Any]] = {f"{side}/embedding": {**encoding, "layer": "output"} for side in ("image", "text")}
+    arrays: dict[str, dict[str, Any]] = {}
+    if config.parent is None:
+        arrays = {f"{side}/embedding": {**encoding, "layer": "output"} for side in ("image", "text")}
     for side, form_of in (("image", image_token_form), ("text", text_token_form)):
         if config.tokens in (side, "both"):
             arrays[f"{side}/tokens"] = {**encoding, **form_of(model, config.token_layer).encoding}
@@ -257,8 +275,9 @@ def _write_texts(run: _Run, attempt: Attempt, unit: Unit) -> None:
     """Encode the captions of a unit, equal ones once for the embeddings."""
     batch, texts = 4 * run.config.batch, run.plan.texts(unit.start, unit.stop)
     valid = np.ones(len(texts), bool)
-    embedding_MD = in_batches(lambda part: run.fitting.run("text", lambda some: (encode_text(run.model, some),), part)[0], texts, batch)
-    attempt.append("text/embedding", _block(run, "text/embedding", embedding_MD.numpy(), valid))
+    if "text/embedding" in run.specs:
+        embedding_MD = in_batches(lambda part: run.fitting.run("text", lambda some: (encode_text(run.model, some),), part)[0], texts, batch)
+        attempt.append("text/embedding", _block(run, "text/embedding", embedding_MD.numpy(), valid))
     if "text/tokens" in run.specs:
         for start in range(0, len(texts), batch):
             part = texts[start : start + batch]

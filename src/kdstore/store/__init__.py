@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from kdstore.store.ahead import gather_ahead
+from kdstore.store.child import Family, child_identity, open_family, plan_child
 from kdstore.store.codecfile import codec_files, codec_identity, kept_codec
 from kdstore.store.codecs import Chain, Codec, fit_chain, parse_chain
 from kdstore.store.concat import concat_stores
-from kdstore.store.derive import DerivedStore
+from kdstore.store.derive import DerivedStore, read_keys
 from kdstore.store.diff import ArrayDifference, StoreDifference, diff_stores
 from kdstore.store.incomplete import Committer, StoreProgress, store_progress
 from kdstore.store.join import Join, JoinReport, join_sources, report_join
@@ -33,6 +34,7 @@ __all__ = [
     "Damage",
     "DerivedStore",
     "Encoding",
+    "Family",
     "Holder",
     "Join",
     "JoinReport",
@@ -45,6 +47,7 @@ __all__ = [
     "StoreWriter",
     "Unit",
     "VerifyReport",
+    "child_identity",
     "codec_files",
     "codec_identity",
     "concat_stores",
@@ -55,8 +58,11 @@ __all__ = [
     "gather_ahead",
     "join_sources",
     "kept_codec",
+    "open_family",
     "open_store",
     "parse_chain",
+    "plan_child",
+    "read_keys",
     "recode_store",
     "report_join",
     "scalar_array",

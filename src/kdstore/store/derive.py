@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kdstore.data.source import Caption
-from kdstore.errors import ConfigError, StoreError, UnknownName
-from kdstore.jsonfile import read_json
+from kdstore.errors import ConfigError, JoinError, SourceError, StoreError, UnknownName
 from kdstore.progress import OnProgress, silent
 from kdstore.store.blocks import Int64, gather_views, in_blocks
 from kdstore.store.codecfile import codec_files
+from kdstore.store.join import positions
 from kdstore.store.layout import PLAIN, ZSTD, ArraySpec, scalar_array
 from kdstore.store.plan import MAX_SHARDS, Plan, Side
 from kdstore.store.reader import Store
@@ -52,6 +53,23 @@ class Part:
 
     def rows(self, side: Side) -> Int64:
         return self.images if side == "image" else self.texts
+
+
+def rows_of_keys(store: Store, keys: Sequence[str]) -> Int64:
+    """Return the image rows of these keys, ascending and each once; raises JoinError for keys that the store does not hold."""
+    found = positions(pa.array(keys, pa.large_string()), store.index("image", "key").combine_chunks())
+    if (found < 0).any():
+        missing = [key for key, row in zip(keys, found.tolist(), strict=True) if row < 0]
+        raise JoinError(f"{store.path} holds no {', '.join(missing[:5])}: {len(missing)} of {len(keys)} keys.", "Leave them out, or name another store.")
+    return np.unique(found)
+
+
+def read_keys(path: str | Path) -> list[str]:
+    """Return the lines of a text file with a key per line; raises ConfigError."""
+    try:
+        return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"Cannot read the keys in {path}: {e}.", "Name a text file with a key per line.") from e
 
 
 @dataclass(frozen=True)
@@ -151,7 +169,7 @@ def write_parts(
                             attempt.append(spec.name, block)
                             done += len(block)
                             on_progress(f"{operation}: rows of arrays", done, total, spec.name)
-        sources = {_recorded_source(part.store) for part in parts}
+        sources = {_source_of(part.store) for part in parts}
         run = {"operation": operation, "from": {str(part.store.path): part.store.digest for part in parts}, "seconds": round(time.perf_counter() - started, 3)}
         digest = writer.finalise(run | ({"source": sources.pop()} if len(sources) == 1 and None not in sources else {}))
     return DerivedStore(str(out), digest, plan.num_images, plan.num_texts, tuple(spec.name for spec in specs))
@@ -219,7 +237,7 @@ def _ancestor(store: Store) -> dict[str, Any]:
     return {"digest": store.digest} | ({"lineage": lineage} if lineage else {})
 
 
-def _recorded_source(store: Store) -> str | None:
-    """Return the data that a store's run was given, if it still says so."""
-    record = store.path / "run.json"
-    return read_json(record).get("source") if record.is_file() else None
+def _source_of(store: Store) -> str | None:
+    with suppress(SourceError):
+        return store.recorded_source
+    return None

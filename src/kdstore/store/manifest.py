@@ -135,8 +135,9 @@ def read_manifest(root: Path) -> Manifest:
         files = {_checked_path(name): _entry(entry) for name, entry in content["files"].items()}
         if content["identity_digest"] != digest_of(content["identity"]):
             raise ValueError("identity_digest is not that of identity")
-        if not isinstance(content["identity"].get("teacher", {}), dict):
-            raise ValueError("identity.teacher is not an object")
+        for part in ("teacher", "parent"):
+            if not isinstance(content["identity"].get(part, {}), dict):
+                raise ValueError(f"identity.{part} is not an object")
         if len([_checked_path(name) for name, _ in content["arrays"].items()]) > MAX_ARRAYS:
             raise ValueError(f"more than {MAX_ARRAYS} arrays")
     except (LookupError, TypeError, ValueError, AttributeError) as e:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kdstore.errors import DamagedStore, MissingFeature, StoreError
+from kdstore.errors import DamagedStore, MissingFeature, SourceError, StoreError
+from kdstore.jsonfile import read_json
 from kdstore.store.codecfile import StoredCodec, stored_codecs
 from kdstore.store.codecs import Codec
 from kdstore.store.gather import ArrayReader
@@ -70,6 +71,18 @@ class Store:
         """Rows of a unit: of one file of the index, and as many as those of a shard at most."""
         return int(self.manifest["plan"]["unit_rows"])
 
+    @property
+    def recorded_source(self) -> str:
+        """The data that the store's run was given, as `run.json` beside the manifest has it; raises SourceError if it does not say.
+
+        Where the data lay is no part of what the features are.
+        """
+        record = self.path / "run.json"
+        source = read_json(record).get("source") if record.is_file() else None
+        if not source:
+            raise SourceError(f"{self.path} does not say which data it was extracted from.", "Give --data SOURCE.")
+        return str(source)
+
     def summary(self) -> dict[str, Any]:
         """Tell in a few JSON values what the store holds."""
         teacher = self.identity.get("teacher", {})
@@ -78,6 +91,7 @@ class Store:
             "digest": self.digest,
             "teacher": teacher.get("name"),
             "weights": teacher.get("weights_sha256"),
+            "parent": self.identity.get("parent", {}).get("digest"),
             "images": self.num_images,
             "undecodable": int((~self.image_valid).sum()),
             "texts": self.num_texts,

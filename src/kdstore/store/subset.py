@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from kdstore.errors import ConfigError, JoinError
+from kdstore.errors import ConfigError
 from kdstore.progress import OnProgress, silent
-from kdstore.store.derive import DerivedStore, Part, choose, derived_identity, fitted, plan_of, write_parts
-from kdstore.store.join import positions
+from kdstore.store.derive import DerivedStore, Part, choose, derived_identity, fitted, plan_of, rows_of_keys, write_parts
 from kdstore.store.reader import open_store
 
 
@@ -32,14 +30,7 @@ def subset_store(
     store = open_store(path)
     if rows is not None and keys is not None:
         raise ConfigError("Rows and keys both say which images to take.", "Give one of them.")
-    if keys is not None:
-        found = positions(pa.array(keys, pa.large_string()), store.index("image", "key").combine_chunks())
-        if (found < 0).any():
-            missing = [key for key, row in zip(keys, found.tolist(), strict=True) if row < 0]
-            raise JoinError(f"{path} holds no {', '.join(missing[:5])}: {len(missing)} of {len(keys)} keys.", "Leave them out, or name another store.")
-        images = np.unique(found)
-    else:
-        images = np.arange(store.num_images)[rows or slice(None)]
+    images = rows_of_keys(store, keys) if keys is not None else np.arange(store.num_images)[rows or slice(None)]
     if not len(images):
         raise ConfigError(f"No row of {path} is chosen; it holds {store.num_images}.", "Choose other rows.")
     parts = [Part.of(store, images)]

@@ -1,0 +1,115 @@
+"""New arrays for the rows of a store that exists, or for some of them: a child, which is a store of its own and names its parent.
+
+A parent never changes. A child holds the same images and texts (or those of chosen keys, in the parent's order), what the index says of them,
+and arrays that the parent lacks; `identity.parent` pins the digest of the store whose rows they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdstore.errors import IdentityMismatch, MissingFeature
+from kdstore.jsonfile import flat_fields
+from kdstore.store.blocks import Int64
+from kdstore.store.codecs import Codec
+from kdstore.store.derive import Part, plan_of, rows_of_keys
+from kdstore.store.manifest import Manifest, read_manifest
+from kdstore.store.plan import Plan, Side
+from kdstore.store.reader import Store, open_store
+
+OF_ROWS_AND_ARRAYS = ("source", "arrays", "lineage", "parent")  # parts of an identity in which a child may differ
+
+
+def plan_child(parent: Store, keys: Sequence[str] | None, unit_rows: int) -> tuple[Int64, Plan]:
+    """Return the parent's image rows that a child takes (all, or those of `keys`) and the child's plan; raises JoinError for keys that are not there."""
+    rows = np.arange(parent.num_images) if keys is None else rows_of_keys(parent, keys)
+    return rows, plan_of([Part.of(parent, rows)], unit_rows)
+
+
+def child_identity(parent: Store, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity of a child; raises IdentityMismatch with the differing fields unless all that made the features is the parent's."""
+    there, here = (flat_fields({name: part for name, part in of.items() if name not in OF_ROWS_AND_ARRAYS}) for of in (parent.identity, identity))
+    if fields := sorted(field for field in there.keys() | here.keys() if there.get(field) != here.get(field)):
+        said = "; ".join(f"{field}: there {there.get(field, 'nothing')}, here {here.get(field, 'nothing')}" for field in fields[:8])
+        raise IdentityMismatch(f"{parent.path} holds features of another kind ({said}).", "Name the parent's own teacher, or make a store without --parent.")
+    return {**identity, "parent": {"digest": parent.digest}}
+
+
+class Family(Store):
+    """A store with the arrays of its children; rows are numbered as in the parent, whatever part of them a child holds."""
+
+    def __init__(self, manifest: Manifest, children: Sequence[Store]) -> None:
+        super().__init__(manifest)
+        self._children = tuple(children)
+        self._lent: dict[str, tuple[Store, Int64 | None]] = {}
+        for child in children:
+            of = child.identity.get("parent")
+            if not isinstance(of, dict) or of.get("digest") != self.digest:
+                raise IdentityMismatch(f"{child.path} is no child of {self.path} ({self.digest}).", "Name the store that it was made for.")
+            places = self._places(child)
+            for name in child.arrays.keys() - self.arrays.keys():
+                spec = child.arrays[name]
+                rows = self.num_images if spec.side == "image" else self.num_texts
+                self.arrays[name] = dataclasses.replace(spec, shape=(rows, *spec.shape[1:]))
+                self._lent[name] = child, places[spec.side]
+                if name in child.codecs:
+                    self.codecs[name] = child.codecs[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_again, (super().__reduce__(), tuple(child.__reduce__() for child in self._children))
+
+    def holds(self, name: str) -> npt.NDArray[np.bool_]:
+        """Tell which rows of an array there are, bool [N] or [M]: of a child's it may be a part."""
+        self.require(name)
+        _, place = self._lent.get(name, (self, None))
+        return np.ones(self.arrays[name].shape[0], bool) if place is None else place >= 0
+
+    def gather(self, name: str, rows: npt.ArrayLike, views: npt.ArrayLike | None = None, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """Return rows as `Store.gather` does; raises MissingFeature for rows that the child which has this array does not hold."""
+        if name not in self._lent:
+            return super().gather(name, rows, views, out)
+        child, place = self._lent[name]
+        if place is None:
+            return child.gather(name, rows, views, out)
+        asked = np.asarray(rows, np.int64)
+        if (place[asked] < 0).any():
+            row = int(asked[np.argmax(place[asked] < 0)])
+            held = int((place >= 0).sum())
+            raise MissingFeature(f"{child.path} holds {name} for {held} of {len(place)} rows; row {row} is not among them.", "See Family.holds.")
+        return child.gather(name, place[asked], views, out)
+
+    def codec(self, name: str) -> Codec:
+        """Return the codec of an array in `codecs`, its parameters read once."""
+        return self._lent[name][0].codec(name) if name in self._lent else super().codec(name)
+
+    def _places(self, child: Store) -> dict[Side, Int64 | None]:
+        """Return per side where a row of the parent lies in the child, -1 if nowhere, or None if both have the same rows."""
+        if child.fingerprint == self.fingerprint:
+            return {"image": None, "text": None}
+        part = Part.of(self, rows_of_keys(self, child.index("image", "key").to_pylist()))
+        if (len(part.images), len(part.texts)) != (child.num_images, child.num_texts):
+            raise IdentityMismatch(f"{child.path} has other captions than {self.path}.", "Extract it again with --parent.")
+        return {"image": _inverse(part.images, self.num_images), "text": _inverse(part.texts, self.num_texts)}
+
+
+def _inverse(rows: Int64, size: int) -> Int64:
+    """Return where each of 0..size-1 lies in `rows`, -1 if nowhere."""
+    place = np.full(size, -1)
+    place[rows] = np.arange(len(rows))
+    return place
+
+
+def open_family(path: str | Path, *children: str | Path) -> Family:
+    """Open a store with children of it; raises IdentityMismatch for a store that is not its child, and what `open_store` raises."""
+    return Family(read_manifest(Path(path)), [open_store(child) for child in children])
+
+
+def _open_again(parent: tuple[Any, ...], children: tuple[tuple[Any, ...], ...]) -> Family:
+    opened, *others = (reopen(*args) for reopen, args in (parent, *children))
+    return Family(opened._manifest, others)
