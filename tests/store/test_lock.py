@@ -122,6 +122,14 @@ def test_a_lock_beats_while_it_is_held_and_not_for_its_successor(build: Path) ->
     assert read_holder(path) == ELSEWHERE
 
 
+def test_whom_a_take_over_watches_is_said_while_it_waits(build: Path) -> None:
+    put(build, ELSEWHERE)
+    said: list[tuple[int, int, str]] = []
+    take_lock(build, lambda stage, *report: said.append(report)).release()
+    assert said[0] == (0, 24, f"does {ELSEWHERE} live?")
+    assert said[-1] == (24, 24, f"{ELSEWHERE} is dead")
+
+
 def test_the_heart_stops_with_the_process(build: Path, in_child: InChild) -> None:
     assert in_child(lambda: take_lock(build) and None) == 0
     assert not is_alive(build / "lock.json", ELSEWHERE)

@@ -133,12 +133,11 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     identity = store_identity(config, model, plan, codecs)
     if parent is not None:
         identity = child_identity(parent, identity)
-    with StoreWriter.open(out, plan=plan, arrays=arrays, identity=identity, constants=constants) as writer:
+    with StoreWriter.open(out, plan=plan, arrays=arrays, identity=identity, constants=constants, on_progress=on_progress) as writer:
         pending = writer.pending()
         check = _check_teacher(model, source, config.batch, fitting) if parent is None and pending and plan.num_images >= LONG_RUN else None
         if check is not None and check["warning"]:
-            notices.append(check["warning"])
-            on_progress("warning", 0, 0, check["warning"])
+            _say(notices, on_progress, check["warning"], "warning")
         with ThreadPoolExecutor(config.threads) as pool:
             totals = {side: sum(len(u) for u in pending if u.side == side) for side in ("image", "text")}
             earlier, valid = writer.recorded_images()
@@ -150,11 +149,10 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
         seconds = time.perf_counter() - started
         digest = writer.finalise(_account(run, seconds, check, resumed=len(pending) < len(plan.units)))
     if run.invalid:
-        notices.append(f"{run.invalid} of {plan.num_images} images cannot be decoded; their rows are NaN, and the store's index says why.")
-        on_progress("warning", 0, 0, notices[-1])
+        said = f"{run.invalid} of {plan.num_images} images cannot be decoded; their rows are NaN, and the store's index says why."
+        _say(notices, on_progress, said, "warning")
     if repeated := _repeated_content(open_store(out), plan):
-        notices.append(f"{repeated} of {plan.num_images} images have the content of another under another key.")
-        on_progress("notice", 0, 0, notices[-1])
+        _say(notices, on_progress, f"{repeated} of {plan.num_images} images have the content of another under another key.")
     return ExtractResult(
         path=str(out),
         digest=digest,
@@ -169,9 +167,9 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
     )
 
 
-def _say(notices: list[str], on_progress: OnProgress, notice: str) -> None:
+def _say(notices: list[str], on_progress: OnProgress, notice: str, stage: str = "notice") -> None:
     notices.append(notice)
-    on_progress("notice", 0, 0, notice)
+    on_progress(stage, 0, 0, notice)
 
 
 def _repeated_content(store: Store, plan: Plan) -> int:

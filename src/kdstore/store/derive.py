@@ -156,7 +156,7 @@ def write_parts(
     first = parts[0].store  # codes mean the same in all parts: their identities agree
     coded = [spec.name for spec in specs if spec.name in first.codecs]
     constants = {path: content for name in coded for path, content in codec_files(name, first.codec(name)).items()}
-    with StoreWriter.open(out, plan=plan, arrays=specs, identity=identity, constants=constants) as writer:
+    with StoreWriter.open(out, plan=plan, arrays=specs, identity=identity, constants=constants, on_progress=on_progress) as writer:
         pending = writer.pending()
         done, total = 0, sum(len(unit) * sum(spec.side == unit.side for spec in specs) for unit in pending)
         for unit in pending:

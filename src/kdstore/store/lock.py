@@ -26,6 +26,7 @@ from pathlib import Path
 
 from kdstore.errors import DamagedStore, KdstoreError, StoreLocked, StoreNotFound
 from kdstore.jsonfile import disk_errors, encode_json, parse_json
+from kdstore.progress import OnProgress, silent
 from kdstore.store.layout import BUILD
 
 LOCK = "lock.json"
@@ -92,8 +93,8 @@ class Lock:
         return StoreLocked(found, "What it had recorded is kept; 'kdstore store info' tells who writes now.")
 
 
-def take_lock(build: Path) -> Lock:
-    """Make this process the committer of the store that `build` belongs to; waits for the beats of a holder that it cannot look up.
+def take_lock(build: Path, on_progress: OnProgress = silent) -> Lock:
+    """Make this process the committer of the store that `build` belongs to; waits for the beats of a holder that it cannot look up, and says so.
 
     Raises StoreLocked if the holder lives, FileNotFoundError if `build` is gone, DiskFull, CannotWrite.
     """
@@ -103,7 +104,7 @@ def take_lock(build: Path) -> Lock:
         if found is None:
             with contextlib.suppress(FileExistsError):
                 return _make(path)
-        elif not is_alive(path, found):
+        elif not is_alive(path, found, on_progress):
             remove_lock(path, found)
         elif read_holder(path) == found:
             raise StoreLocked(f"{_store(path)} is being written by {found}.", f"Wait for it, or see 'kdstore store info {_store(path)}'.")
@@ -144,7 +145,7 @@ def read_holder(path: Path) -> Holder | None:
         os.close(fd)
 
 
-def is_alive(path: Path, holder: Holder) -> bool:
+def is_alive(path: Path, holder: Holder, on_progress: OnProgress = silent) -> bool:
     """Tell whether the holder of a lock file lives: at once for a process of this machine, after watching its beats otherwise."""
     if holder.machine and holder.machine == _machine():
         if holder.pid == os.getpid():
@@ -153,10 +154,12 @@ def is_alive(path: Path, holder: Holder) -> bool:
         if started is not None:
             return started == holder.started
     first, steps = _last_change(path), 4 * WATCH_BEATS
-    for _ in range(steps):  # each look comes after a sleep, so that a watcher that was suspended itself looks again
+    for step in range(steps):  # each look comes after a sleep, so that a watcher that was suspended itself looks again
+        on_progress("lock", step, steps, f"does {holder} live?")
         time.sleep(min(holder.period, BEAT_SECONDS * WATCH_BEATS) / 4)
         if _last_change(path) != first:
             return True
+    on_progress("lock", steps, steps, f"{holder} is dead")
     return False
 
 

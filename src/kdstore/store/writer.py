@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from kdstore.errors import CannotWrite, DamagedStore, IdentityMismatch, IncompleteStore, KdstoreError, StoreError
 from kdstore.jsonfile import canonical_json, digest_of, disk_errors, flat_fields, fsync_folder, make_folders, read_json, write_bytes, write_json
+from kdstore.progress import OnProgress, silent
 from kdstore.store.codecfile import npy_bytes
 from kdstore.store.layout import BUILD, FORMAT, GROUP_METADATA, MANIFEST, OFFSETS, ArraySpec, index_path, scalar_array
 from kdstore.store.lock import Lock, take_lock
@@ -144,7 +145,14 @@ class StoreWriter:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, plan: Plan, arrays: Sequence[ArraySpec], identity: dict[str, Any], constants: Mapping[str, bytes] | None = None
+        cls,
+        path: str | Path,
+        *,
+        plan: Plan,
+        arrays: Sequence[ArraySpec],
+        identity: dict[str, Any],
+        constants: Mapping[str, bytes] | None = None,
+        on_progress: OnProgress = silent,
     ) -> StoreWriter:
         """Create the store, resume an unfinished one, or find it complete.
 
@@ -169,7 +177,7 @@ class StoreWriter:
             while lock is None and not (path / MANIFEST).is_file():
                 make_folders(path / BUILD)
                 with contextlib.suppress(FileNotFoundError):  # its committer sealed the store, or gave up, and removed the folder just now
-                    lock = take_lock(path / BUILD)
+                    lock = take_lock(path / BUILD, on_progress)
             writer = cls(path, plan, specs, asked, lock, constants or {})
             writer._created = created
             try:

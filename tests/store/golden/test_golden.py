@@ -1,6 +1,6 @@
 """The golden stores: written once by the first version of format 1, read by every later one. Their values follow from formulas.
 
-`format-1` holds features, `format-1-codes` codes of value codecs. `python tests/store/golden/test_golden.py` writes what is not there and never what is: a golden
+`format-1` holds features, `format-1-codes` codes of value codecs. Running this file writes what is not there and never what is: a golden
 store that changes proves nothing.
 """
 
