@@ -1,11 +1,5 @@
 """Extraction: what the store holds is what the teacher says, however often the run was stopped."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +9,7 @@ from kdstore.data.images import DECODING
 from kdstore.data.scenes import Scenes
 from kdstore.data.sources import open_source
 from kdstore.errors import DiskFull, IdentityMismatch, KdstoreError, ModelError, SourceError
+from kdstore.extract import run
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json
@@ -113,28 +108,22 @@ def test_another_teacher_or_other_data_is_refused_and_the_store_stays(tmp_path):
     assert not verify_store(tmp_path / "s").damaged
 
 
-def test_a_killed_run_resumes_to_the_same_digest(tmp_path):
-    whole = extract(config(tmp_path / "whole", data="scenes/val:400", batch=8)).digest
-    code = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from kdstore.extract.config import ExtractConfig; from kdstore.extract.run import extract\n"
-        f"out = {str(tmp_path / 'killed')!r}\n"
-        "extract(ExtractConfig(teacher='scenes-T', untrained_seed=0, data='scenes/val:400', out=out, unit_rows=32, batch=8, device='cpu'))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
-    units = tmp_path / "killed"
-    deadline = time.monotonic() + 120
-    while len(list(units.rglob("image-*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "manifest.json").exists()
-    result = extract(config(tmp_path / "killed", data="scenes/val:400", batch=8))
-    assert result.digest == whole
-    assert result.written_images < 400
-    run = read_json(tmp_path / "killed" / "run.json")
-    assert (run["images"], run["invalid_images"]) == (400, 0)
-    assert run["last_process"]["images"] == result.written_images
+def test_the_account_of_a_resumed_run_counts_all_images_and_what_its_last_process_did(tmp_path, monkeypatch):
+    real, units = run._write_images, []
+
+    def stop_at_the_second(*args):
+        units.append(args)
+        if len(units) == 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(run, "_write_images", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        extract(config(tmp_path / "s"))
+    monkeypatch.undo()
+    assert extract(config(tmp_path / "s")).written_images == 38
+    account = read_json(tmp_path / "s" / "run.json")
+    assert (account["images"], account["invalid_images"], account["last_process"]["images"]) == (70, 0, 38)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_the_first_byte(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_an_untrained_teacher_and_the_source_are_found_by_what_the_store_says(tm
     extract(ExtractConfig(teacher="scenes-T", untrained_seed=4, data="scenes/val:20", out=str(tmp_path / "s"), device="cpu"))
     assert recompute(tmp_path / "s", 3, device="cpu").ok
     (tmp_path / "s" / "run.json").unlink()
-    with pytest.raises(SourceError, match="does not say which source"):
+    with pytest.raises(SourceError, match="does not say which data"):
         recompute(tmp_path / "s", 3, device="cpu")
     assert recompute(tmp_path / "s", 3, data="scenes/val:20", device="cpu").ok
     with pytest.raises(JoinError, match="has no image"):
