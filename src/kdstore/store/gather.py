@@ -27,7 +27,7 @@ from kdstore.errors import DamagedStore
 from kdstore.store.kernel import COPIED, UNKNOWN, Int64, copy_rows
 from kdstore.store.layout import BLOSC, PLAIN, ZSTD, ArraySpec
 from kdstore.store.manifest import RESTORE, Manifest
-from kdstore.store.mapping import CAN_MAP, guard, map_file
+from kdstore.store.mapping import CAN_MAP, guard, map_file, will_need
 from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, decode_chunk_with_zarr, index_bytes, parse_index
 
 MAPPED_CHUNK_BYTES = 1 << 18  # larger chunks gain nothing from a mapping
@@ -110,7 +110,13 @@ class ArrayReader:
 
     def _check_mapped(self, chunks_B: Int64) -> None:
         """Check the chunks that were not checked yet and enter their addresses."""
-        for chunk in np.unique(chunks_B[self._addresses[chunks_B] == 0]).tolist():
+        chunks = np.unique(chunks_B[self._addresses[chunks_B] == 0])
+        shards = chunks // self._spec.chunks_per_shard
+        apart = np.flatnonzero((np.diff(chunks) != 1) | (np.diff(shards) != 0)) + 1
+        for run in np.split(chunks, apart) if len(chunks) else ():
+            (begin, _), (end, length) = self._extent(int(run[0])), self._extent(int(run[-1]))
+            will_need(self._maps[int(run[0]) // self._spec.chunks_per_shard][begin : end + length])
+        for chunk in chunks.tolist():
             self._addresses[chunk] = self._checked_payload(chunk).ctypes.data
 
     def _read(self, chunks_B: Int64, starts_B: Int64, out: Bytes) -> None:

@@ -28,6 +28,7 @@ CAN_MAP = COMPILED and sys.platform == "linux" and platform.machine() in ("x86_6
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_size_t
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _FAILED = ctypes.c_size_t(-1).value
 _SA_SIGINFO, _SA_ONSTACK, _SA_RESTART = 4, 0x08000000, 0x10000000
@@ -78,6 +79,12 @@ def map_file(owner: Any, fd: int, size: int) -> npt.NDArray[np.uint8]:
     _ranges[slot, 0] = address  # from here on the handler sees the range
     weakref.finalize(owner, _unmap, slot, size).atexit = False
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+def will_need(part: npt.NDArray[np.uint8]) -> None:
+    """Let the kernel begin to read the pages of a part of a mapped file, so that those of many parts come at once and not one fault after the other."""
+    start = part.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    _LIBC.madvise(start, part.ctypes.data + len(part) - start, mmap.MADV_WILLNEED)
 
 
 def _unmap(slot: int, size: int) -> None:
