@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kdstore.store.ahead import gather_ahead
+from kdstore.store.attempt import Attempt, open_attempt
 from kdstore.store.child import Family, child_identity, open_family, plan_child
 from kdstore.store.codecfile import codec_files, codec_identity, kept_codec
 from kdstore.store.codecs import Chain, Codec, fit_chain, parse_chain
@@ -21,7 +22,7 @@ from kdstore.store.rows import Rows
 from kdstore.store.stats import store_stats
 from kdstore.store.subset import subset_store
 from kdstore.store.verify import Damage, VerifyReport, verify_store
-from kdstore.store.writer import Attempt, StoreWriter
+from kdstore.store.writer import StoreWriter
 
 __all__ = [
     "ArrayDifference",
@@ -58,6 +59,7 @@ __all__ = [
     "gather_ahead",
     "join_sources",
     "kept_codec",
+    "open_attempt",
     "open_family",
     "open_store",
     "parse_chain",

@@ -14,10 +14,11 @@ from typing import Any
 
 from kdstore.errors import CannotRead
 from kdstore.jsonfile import read_json
+from kdstore.store.attempt import ATTEMPTS
 from kdstore.store.layout import BUILD, MANIFEST
 from kdstore.store.lock import LOCK, is_alive, read_holder
 from kdstore.store.plan import SIDES
-from kdstore.store.writer import ATTEMPTS, BUILD_JSON, UNITS
+from kdstore.store.writer import BUILD_JSON, PARTS, UNITS
 
 _NOTHING = {"images": 0, "texts": 0, "unit_rows": 1}
 
@@ -47,6 +48,7 @@ class StoreProgress:
     units_recorded: int
     bytes_in_place: int
     bytes_staged: int
+    units_staged: int  # by parts, for `kdstore store finalise` to record
     last_record: str | None
     writer: Committer | None
     complete: bool = False
@@ -86,7 +88,8 @@ def store_progress(path: str | Path) -> StoreProgress | None:
         units=len(planned),
         units_recorded=len(done),
         bytes_in_place=sum(_bytes_in(path / name) for name in (*SIDES, "index")),
-        bytes_staged=_bytes_in(build / ATTEMPTS),
+        bytes_staged=_bytes_in(build / ATTEMPTS) + _bytes_in(build / PARTS),
+        units_staged=len(list((build / PARTS).glob("*.json"))),
         last_record=_utc(max(recorded.values())) if recorded else None,
         writer=writer,
     )

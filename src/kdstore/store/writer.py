@@ -12,122 +12,29 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdstore.errors import CannotWrite, DamagedStore, IdentityMismatch, IncompleteStore, KdstoreError, StoreError
+from kdstore.errors import CannotWrite, DamagedStore, IdentityMismatch, IncompleteStore, KdstoreError, StoreError, StoreNotFound
 from kdstore.jsonfile import canonical_json, digest_of, disk_errors, flat_fields, fsync_folder, make_folders, read_json, write_bytes, write_json
 from kdstore.progress import OnProgress, silent
+from kdstore.store.attempt import ATTEMPTS, Attempt, open_attempt, staged_path
 from kdstore.store.codecfile import npy_bytes
 from kdstore.store.layout import BUILD, FORMAT, GROUP_METADATA, MANIFEST, OFFSETS, ArraySpec, index_path, scalar_array
 from kdstore.store.lock import Lock, take_lock
 from kdstore.store.manifest import read_manifest
-from kdstore.store.plan import SIDES, Plan, Unit, parquet_bytes
-from kdstore.store.shard import ShardWriter, WrittenFile, write_file
+from kdstore.store.plan import SIDES, Plan, Unit
 
-IMAGE_INDEX = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("key", pa.large_string()),
-        ("sha256", pa.string()),
-        ("valid", pa.uint8()),
-        ("reason", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ]
-)
-TEXT_INDEX = pa.schema([("row", pa.int64()), ("image_row", pa.int64()), ("kind", pa.large_string()), ("sha256", pa.string()), ("caption", pa.large_string())])
-
-ATTEMPTS = "attempts"
 UNITS = "units"
+PARTS = "parts"
 BUILD_JSON = "build.json"
+PLAN = "plan.parquet"
 _ABSENT = "nothing"
-
-
-class Attempt:
-    """One try at a unit: blocks and index rows are appended in row order, in any number of calls."""
-
-    def __init__(self, folder: Path, plan: Plan, unit: Unit, specs: Sequence[ArraySpec]) -> None:
-        self._folder = folder
-        self._plan = plan
-        self._unit = unit
-        self._specs = {spec.name: spec for spec in specs}
-        self._rows = dict.fromkeys(self._specs, 0)
-        self._open: dict[str, tuple[int, ShardWriter]] = {}
-        self._files: dict[str, dict[str, Any]] = {}
-        self._crcs: dict[str, list[npt.NDArray[np.uint32]]] = {name: [] for name in self._specs}
-        self._index: list[dict[str, Any]] = []
-        self._nan = {name: np.zeros(len(unit), bool) for name, spec in self._specs.items() if spec.dtype.startswith("float")}
-
-    def append(self, name: str, block: npt.NDArray[np.generic]) -> None:
-        """Append rows [rows, V, ...] of an image array or [rows, ...] of a text array, already in the stored dtype; raises DiskFull, CannotWrite."""
-        spec = self._specs[name]
-        if block.shape[1:] != spec.shape[1:] or block.dtype != np.dtype(spec.dtype):
-            raise ValueError(f"{name}: expected rows of shape {spec.shape[1:]} {spec.dtype}, found {block.shape[1:]} {block.dtype}")
-        if self._rows[name] + len(block) > len(self._unit):
-            raise ValueError(f"{name}: {self._rows[name] + len(block)} rows appended to {self._unit.name}, which has {len(self._unit)}")
-        if name in self._nan and len(block):
-            self._nan[name][self._rows[name] :][: len(block)] = np.isnan(block.reshape(len(block), -1)[:, 0])
-        while len(block):
-            number, shard = self._shard(spec)
-            taken = shard.append(block)
-            self._rows[name] += taken
-            block = block[taken:]
-            if shard.full:
-                written, crcs = shard.close()
-                del self._open[name]
-                self._note(spec.shard_path(number), written, *spec.shard_rows(number))
-                self._crcs[name].append(crcs)
-
-    def index(self, rows: pa.Table | Sequence[dict[str, Any]]) -> None:
-        """Append what is known of the next rows.
-
-        Images need `sha256`, `valid`, `reason`, `width`, `height` each; texts only `valid`, and all are valid if this is never called.
-        Row numbers, keys and captions are the plan's.
-        """
-        self._index.extend(rows.to_pylist() if isinstance(rows, pa.Table) else rows)
-
-    def close(self) -> dict[str, Any]:
-        """End all files and return the unit's record; raises ValueError if rows are missing, and DiskFull."""
-        valid = self._valid()
-        self.append(f"{self._unit.side}/valid", valid)
-        for name, rows in self._rows.items():
-            if rows != len(self._unit):
-                raise ValueError(f"{name}: {rows} rows appended to {self._unit.name}, expected {len(self._unit)}")
-        for name, nan in self._nan.items():
-            if not nan[valid == 0].all():
-                raise ValueError(f"{name}: row {self._unit.start + int(np.argmax((valid == 0) & ~nan))} is not valid but not NaN")
-        table = _image_index(self._plan, self._unit, self._index, valid) if self._unit.side == "image" else _text_index(self._plan, self._unit)
-        path = index_path(self._unit)
-        self._note(path, write_file(_staged(self._folder, path), parquet_bytes(table)), self._unit.start, self._unit.stop)
-        crcs = {name: np.concatenate(parts).tobytes().hex() for name, parts in self._crcs.items()}
-        return {"unit": self._unit.name, "files": self._files, "crcs": crcs}
-
-    def abandon(self) -> None:
-        for _, shard in self._open.values():
-            shard.abandon()
-
-    def _valid(self) -> npt.NDArray[np.uint8]:
-        if self._unit.side == "text" and not self._index:
-            return np.ones(len(self._unit), np.uint8)
-        return np.array([bool(row["valid"]) for row in self._index], np.uint8)
-
-    def _shard(self, spec: ArraySpec) -> tuple[int, ShardWriter]:
-        if spec.name not in self._open:
-            number = (self._unit.start + self._rows[spec.name]) // spec.shard[0]
-            self._open[spec.name] = number, ShardWriter(_staged(self._folder, spec.shard_path(number)), spec, number)
-        return self._open[spec.name]
-
-    def _note(self, path: str, written: WrittenFile, start: int, stop: int) -> None:
-        self._files[path] = {"size": written.size, "sha256": written.sha256, "rows": [start, stop]}
 
 
 class StoreWriter:
@@ -187,6 +94,17 @@ class StoreWriter:
                 raise
         return writer
 
+    @classmethod
+    def reopen(cls, path: str | Path, *, on_progress: OnProgress = silent) -> StoreWriter:
+        """Go on with an unfinished store as its build folder describes it; raises StoreNotFound if none was begun, and what `open` raises."""
+        build = Path(path) / BUILD
+        if not (build / BUILD_JSON).is_file():
+            raise StoreNotFound(f"No store is being written at {path}.", "Check the path, or begin one with: kdstore extract --out PATH.")
+        said = read_json(build / BUILD_JSON)
+        arrays = [ArraySpec.from_metadata(name, metadata) for name, metadata in said["arrays"].items()]
+        constants = {str(file.relative_to(build)): file.read_bytes() for file in (build / "codecs").rglob("*") if file.is_file()}
+        return cls.open(path, plan=Plan.load(build / PLAN), arrays=arrays, identity=said["identity"], constants=constants, on_progress=on_progress)
+
     def _prepare(self) -> None:
         """Compare with what the folder holds and remove what dead attempts left; without a record of what it shall be, write one."""
         if (self.path / MANIFEST).is_file():
@@ -203,11 +121,16 @@ class StoreWriter:
         for folder in (ATTEMPTS, UNITS):
             make_folders(build / folder)
         if not (build / BUILD_JSON).is_file():
-            self.plan.save(build / "plan.parquet")
+            self.plan.save(build / PLAN)
             for name, content in self._constants.items():
                 make_folders((build / name).parent)
                 write_bytes(build / name, content)
             write_json(build / BUILD_JSON, self._asked)
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """All arrays of the store, those that say what is valid too."""
+        return tuple(self._specs.values())
 
     @property
     def complete(self) -> bool:
@@ -228,22 +151,33 @@ class StoreWriter:
     @contextlib.contextmanager
     def attempt(self, unit: Unit) -> Iterator[Attempt]:
         """Stage one unit; leaving the block commits it, an exception discards it. A unit that is recorded by then stays as it is."""
-        folder = self.path / BUILD / ATTEMPTS / f"{unit.name}-{uuid.uuid4().hex}"
-        with disk_errors(folder):
-            folder.mkdir()
-        attempt = Attempt(folder, self.plan, unit, [spec for spec in self._specs.values() if spec.side == unit.side])
-        try:
-            yield attempt
-            self._commit(unit, folder, attempt.close())
-        except CannotWrite:
-            if self.complete:
-                return  # sealed while this attempt was late, and its folder removed
+        with open_attempt(self.path, self.plan, self.arrays, unit) as attempt:
+            try:
+                yield attempt
+                self.commit(attempt.folder, attempt.close())
+            except CannotWrite:
+                if self.complete:
+                    return  # sealed while this attempt was late, and its folder removed
+                with self._committing():
+                    pass  # a committer that took the lock has swept the folder: then this says so
+                raise
+
+    def commit(self, folder: Path, record: dict[str, Any]) -> None:
+        """Record the unit that an attempt has staged in `folder`, unless it is recorded by now, and remove the folder.
+
+        `record` is what `Attempt.close` returned, here or elsewhere. Raises StoreLocked if this process no longer has the lock, DiskFull, CannotWrite.
+        """
+        unit = self.path / BUILD / UNITS / f"{record['unit']}.json"
+        if not self.complete:  # else it was sealed while this attempt was late
             with self._committing():
-                pass  # a committer that took the lock has swept the folder: then this says so
-            raise
-        finally:
-            attempt.abandon()
-            shutil.rmtree(folder, ignore_errors=True)
+                if not unit.is_file():
+                    for name in record["files"]:
+                        target = self.path / name
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        os.replace(staged_path(folder, name), target)
+                    _sync_folders(self.path, record["files"])
+                    write_json(unit, record)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def finalise(self, run: dict[str, Any], stats: dict[str, Any] | None = None) -> str:
         """Write metadata, checks and offsets, then the manifest, and return its digest; raises IncompleteStore, StoreLocked, DiskFull, CannotWrite.
@@ -307,19 +241,6 @@ class StoreWriter:
         with disk_errors(self.path), self._lock.held():
             yield
 
-    def _commit(self, unit: Unit, folder: Path, record: dict[str, Any]) -> None:
-        if self.complete:
-            return  # sealed while this attempt was late
-        with self._committing():
-            if self._record_path(unit).is_file():
-                return
-            for name in record["files"]:
-                target = self.path / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(_staged(folder, name), target)
-            _sync_folders(self.path, record["files"])
-            write_json(self._record_path(unit), record)
-
     def _sealing_files(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
         for folder in ("", *sorted({f"{name.rpartition('/')[0]}/" for name in self._specs})):
             yield f"{folder}zarr.json", canonical_json(GROUP_METADATA)
@@ -329,30 +250,6 @@ class StoreWriter:
             yield spec.checks_path, npy_bytes(np.frombuffer(crcs, "<u4"))
         yield from self._constants.items()
         yield OFFSETS, npy_bytes(self.plan.offsets.astype("<i8"))
-
-
-def _image_index(plan: Plan, unit: Unit, rows: list[dict[str, Any]], valid: npt.NDArray[np.uint8]) -> pa.Table:
-    columns = {name: [row[name] for row in rows] for name in ("sha256", "reason", "width", "height")}
-    numbers = np.arange(unit.start, unit.stop)
-    return pa.table({"row": numbers, "key": plan.keys[unit.start : unit.stop], "valid": valid, **columns}, IMAGE_INDEX)
-
-
-def _text_index(plan: Plan, unit: Unit) -> pa.Table:
-    numbers = np.arange(unit.start, unit.stop)
-    captions = plan.captions[unit.start : unit.stop]
-    columns = {
-        "row": numbers,
-        "image_row": np.searchsorted(plan.offsets, numbers, side="right") - 1,
-        "kind": plan.kinds[unit.start : unit.stop],
-        "sha256": [hashlib.sha256(text.encode()).hexdigest() for text in captions.to_pylist()],
-        "caption": captions,
-    }
-    return pa.table(columns, TEXT_INDEX)
-
-
-def _staged(folder: Path, name: str) -> Path:
-    """Where an attempt keeps the file `name` of the store: in one flat folder, cheap to make and to remove."""
-    return folder / name.replace("/", "+")
 
 
 def _sync_folders(root: Path, names: Iterable[str]) -> None:
@@ -377,7 +274,8 @@ def _sweep(path: Path) -> None:
     """Remove what dead attempts and dead writes left, and the records of units that are not whole."""
     shutil.rmtree(path / BUILD / ATTEMPTS, ignore_errors=True)
     for temp in path.rglob(".*.tmp"):
-        temp.unlink(missing_ok=True)
+        if (path / BUILD / PARTS) not in temp.parents:  # a part may be at it
+            temp.unlink(missing_ok=True)
     for record in (path / BUILD / UNITS).glob("*.json"):
         if not _is_whole(path, record):
             record.unlink()
