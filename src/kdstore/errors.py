@@ -106,5 +106,9 @@ class RunError(KdstoreError, ValueError):
     """A run folder cannot be created, resumed or read."""
 
 
+class ExtractError(KdstoreError, RuntimeError):
+    """Parts of an extraction failed on a cluster, each several times; what was done is kept."""
+
+
 class EvaluationError(KdstoreError, ValueError):
     """Predictions, questions or answers do not fit together."""

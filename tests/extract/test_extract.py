@@ -9,7 +9,6 @@ from kdstore.data.images import DECODING
 from kdstore.data.scenes import Scenes
 from kdstore.data.sources import open_source
 from kdstore.errors import DiskFull, IdentityMismatch, KdstoreError, ModelError, SourceError
-from kdstore.extract import run
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json
@@ -108,26 +107,21 @@ def test_another_teacher_or_other_data_is_refused_and_the_store_stays(tmp_path):
     assert not verify_store(tmp_path / "s").damaged
 
 
-def test_the_account_of_a_resumed_run_counts_all_images_and_what_its_last_process_did(tmp_path, monkeypatch):
-    real, units = run._write_images, []
+def stop_in_the_second_unit(stage, done, total, note=""):
+    if stage == "images" and done > 32:
+        raise KeyboardInterrupt
 
-    def stop_at_the_second(*args):
-        units.append(args)
-        if len(units) == 2:
-            raise KeyboardInterrupt
-        real(*args)
 
-    monkeypatch.setattr(run, "_write_images", stop_at_the_second)
+def test_the_account_of_a_resumed_run_counts_all_images_and_what_its_last_process_did(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        extract(config(tmp_path / "s"))
-    monkeypatch.undo()
+        extract(config(tmp_path / "s"), on_progress=stop_in_the_second_unit)
     assert extract(config(tmp_path / "s")).written_images == 38
     account = read_json(tmp_path / "s" / "run.json")
     assert (account["images"], account["invalid_images"], account["last_process"]["images"]) == (70, 0, 38)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_the_first_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdstore.extract.run.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
+    monkeypatch.setattr("kdstore.extract.job.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
     with pytest.raises(DiskFull, match="GB are free"):
         extract(config(tmp_path / "s"))
     assert not (tmp_path / "s").exists()

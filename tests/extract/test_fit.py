@@ -79,7 +79,7 @@ def test_a_run_that_stopped_takes_its_codecs_from_the_build_folder(whole, tmp_pa
 
     with pytest.raises(InterruptedError):
         extract(config(tmp_path / "s", **CODECS), on_progress=stop)
-    monkeypatch.setattr("kdstore.extract.run.fit_codecs", None)  # nothing is fitted again
+    monkeypatch.setattr("kdstore.extract.job.fit_codecs", None)  # nothing is fitted again
     with pytest.raises(IdentityMismatch):
         extract(config(tmp_path / "s", **{**CODECS, "precision": "bf16"}))
     assert extract(config(tmp_path / "s", **CODECS)).digest == whole[1].digest

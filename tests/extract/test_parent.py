@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from kdstore.errors import ConfigError, IdentityMismatch, JoinError, MissingFeature, SourceError
-from kdstore.extract import run
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.recompute import recompute
 from kdstore.extract.run import extract
+from kdstore.progress import silent
 from kdstore.store import Encoding, concat_stores, open_family, open_store, recode_store, subset_store, verify_store
 
 SHARED = {"teacher": "scenes-T", "untrained_seed": 0, "unit_rows": 16, "device": "cpu"}
@@ -31,8 +31,9 @@ def stores(tmp_path_factory):
     return folder
 
 
-def child(stores, out, **changes):
-    return extract(ExtractConfig(**{**SHARED, "parent": str(stores / "parent"), "tokens": "both", "out": str(out), **changes}))
+def child(stores, out, on_progress=silent, **changes):
+    settings = {**SHARED, "parent": str(stores / "parent"), "tokens": "both", "out": str(out), **changes}
+    return extract(ExtractConfig(**settings), on_progress=on_progress)
 
 
 def write_keys(path, keys):
@@ -81,20 +82,15 @@ def test_codes_of_a_child_decode(stores, tmp_path):
     assert family.feature_shape("image/tokens") == whole.feature_shape("image/tokens")
 
 
-def test_an_interrupted_child_goes_on_and_a_finished_one_is_left_alone(stores, tmp_path, monkeypatch):
+def test_an_interrupted_child_goes_on_and_a_finished_one_is_left_alone(stores, tmp_path):
     expected = child(stores, tmp_path / "a").digest
-    real, calls = run._write_images, []
 
-    def stop_at_the_second(*args):
-        calls.append(1)
-        if len(calls) == 2:
+    def stop_in_the_second_unit(stage, done, total, note=""):
+        if stage == "images" and done > 16:
             raise KeyboardInterrupt
-        real(*args)
 
-    monkeypatch.setattr(run, "_write_images", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        child(stores, tmp_path / "b")
-    monkeypatch.undo()
+        child(stores, tmp_path / "b", on_progress=stop_in_the_second_unit)
     resumed = child(stores, tmp_path / "b")
     assert (resumed.digest, resumed.written_images) == (expected, 24)
     assert child(stores, tmp_path / "b").written_images == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdstore.errors import ConfigError, ModelError
-from kdstore.extract import run
+from kdstore.extract import job, run
 from kdstore.extract.config import ExtractConfig
 from kdstore.jsonfile import read_json
 from kdstore.models.encode import encode_image, encode_image_tokens
@@ -58,14 +58,14 @@ def test_one_image_that_does_not_fit_and_other_errors_are_not_swallowed():
 
 def test_an_extraction_goes_on_with_half_the_batch_says_so_and_records_it(tmp_path, monkeypatch):
     run.extract(config(tmp_path / "whole", tokens="image"))
-    seen, said, load = [], [], run.load_model
+    seen, said, load = [], [], job.load_model
 
     def loaded(*args, **options):
         model = load(*args, **options)
         short_of_memory(model.clip.visual.layer1, 8, GPU, seen)
         return model
 
-    monkeypatch.setattr(run, "load_model", loaded)
+    monkeypatch.setattr(job, "load_model", loaded)
     result = run.extract(config(tmp_path / "half", tokens="image"), on_progress=lambda *report: said.append(report))
     assert "Out of memory with 16 images at once; going on with 8." in result.notices
     assert ("notice", 0, 0, "Out of memory with 16 images at once; going on with 8.") in said

@@ -88,6 +88,9 @@ def extract(
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     compile: Annotated[bool | None, typer.Option("--compile", help="Compile the towers with torch.compile.")] = None,
     channels_last: Annotated[bool | None, typer.Option("--channels-last", help="Lay images out channels last, as convolutions on GPUs like it.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on this machine, one for a GPU or a few cores.")] = None,
+    scheduler: Annotated[str | None, typer.Option(metavar="TCP://HOST:PORT", help="The scheduler of a dask cluster whose workers do the work.")] = None,
+    part: Annotated[str | None, typer.Option(metavar="I/N", help="For job arrays: only the I-th of N parts; then 'kdstore store finalise'.")] = None,
     unit_rows: Annotated[int | None, typer.Option(help="Rows that are written, and resumed, at once.")] = None,
     device: Device = None,
     recipe: Recipe = None,
@@ -98,17 +101,10 @@ def extract(
     from kdstore.extract.config import ExtractConfig
 
     options = {"teacher": teacher, "pretrained": pretrained, "data": data, "out": out, "tokens": tokens, "unit_rows": unit_rows, "device": device}
-    more = {
-        "parent": parent,
-        "keys": keys,
-        "token_layer": token_layer,
-        "precision": precision,
-        "compile": compile,
-        "channels_last": channels_last,
-        "reduce": reduce,
-        "encode": encode,
-    }
-    config = config_of(ExtractConfig, "extract", recipe, settings, options | more)
+    cluster = {"workers": workers, "scheduler": scheduler, "part": part}
+    rows = {"parent": parent, "keys": keys}
+    forward = {"token_layer": token_layer, "precision": precision, "compile": compile, "channels_last": channels_last, "reduce": reduce, "encode": encode}
+    config = config_of(ExtractConfig, "extract", recipe, settings, options | cluster | rows | forward)
     if config.data is None and config.parent is None:
         say("notice: no --data, so the built-in scenes are used.")
     from kdstore.extract import run

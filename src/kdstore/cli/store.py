@@ -38,6 +38,7 @@ def _progress_lines(found: StoreProgress) -> str:
     for what, recorded, planned in (("images", found.images_recorded, found.images), ("texts", found.texts_recorded, found.texts)):
         lines.append(f"{what:>10}  {recorded} of {planned}")
     lines.append(f"{'bytes':>10}  {found.bytes_in_place} in place, {found.bytes_staged} in unfinished units")
+    lines += [f"{'staged':>10}  {found.units_staged} units by parts; when all have ended: kdstore store finalise {found.path}"] if found.units_staged else []
     lines += [f"{'recorded':>10}  {found.last_record}"] if found.last_record else []
     if found.writer is None:
         said = "nobody; run the same command again to go on"
@@ -45,6 +46,16 @@ def _progress_lines(found: StoreProgress) -> str:
         state = "alive" if found.writer.alive else "dead; run the same command again to go on"
         said = f"process {found.writer.pid} on {found.writer.host} since {found.writer.since}, last beat {found.writer.last_beat}: {state}"
     return "\n".join([*lines, f"{'writer':>10}  {said}"])
+
+
+@store_app.command("finalise")
+def store_finalise(path: Path, as_json: Json = False) -> None:
+    """Seal a store that was extracted in parts, once all of them have ended."""
+    from kdstore import store
+
+    with bars() as on_progress:
+        store.finalise_store(path, on_progress=on_progress)
+    show(store.open_store(path).summary(), as_json)
 
 
 @store_app.command("unlock")

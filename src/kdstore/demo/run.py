@@ -73,9 +73,10 @@ def run_demo(config: DemoConfig, *, on_progress: OnProgress = silent) -> DemoRes
     timings: dict[str, float] = {}
     stores: dict[str, str] = {}
     for name in config.teachers:
-        wanted = ExtractConfig(teacher=name, data=data, out=str(store_path(config, name)), device=config.device)
+        wanted = ExtractConfig(teacher=name, data=data, out=(path := str(store_path(config, name))), device=config.device)
         with _timed(timings, "extract"):
-            stores[name] = extract(wanted, on_progress=_under(on_progress, f"extract {name}")).digest
+            extract(wanted, on_progress=_under(on_progress, f"extract {name}"))
+        stores[name] = open_store(path).digest
     lines: list[_Evaluated] = []
     curves: dict[str, list[dict[str, float]]] = {}
     for seed in config.seeds:

@@ -13,7 +13,7 @@ DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """What to extract from where; batch, device, threads, compile and channels_last do not enter the store's identity (docs/models.md)."""
+    """What to extract from where; batch, device, threads, compile, channels_last and who computes what do not enter the identity (docs/models.md)."""
 
     teacher: str
     pretrained: str | None = None
@@ -36,6 +36,9 @@ class ExtractConfig:
     batch: int = 64
     device: str = "auto"
     threads: int = 2  # decoding
+    workers: int = 0  # processes of a cluster on this machine; 0: all in this one
+    scheduler: str | None = None  # of a dask cluster, tcp://HOST:PORT
+    part: str | None = None  # I/N: only every N-th unit, from the I-th (1 to N)
     max_invalid: float = 0.1  # share of undecodable images beyond which the run stops
 
     def __post_init__(self) -> None:
@@ -47,6 +50,12 @@ class ExtractConfig:
         for name in ("unit_rows", "batch", "threads", "codec_sample"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
+        if self.part is not None and self.part_of is None:
+            raise ConfigError(f"A part is I/N with I from 1 to N, found '{self.part}'.", "For the first of four: --part 1/4.")
+        if (self.workers > 0) + (self.scheduler is not None) + (self.part is not None) > 1:
+            raise ConfigError("Workers, a scheduler and parts are three ways of sharing the work.", "Give one of --workers, --scheduler and --part.")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, found {self.workers}.", "Give --workers N, one for a GPU or a few cores.")
         if self.keys and not self.parent:
             raise ConfigError("Keys choose rows of a parent.", "Name the store with --parent.")
         if self.parent and (self.tokens == "none" or not self.out):
@@ -61,3 +70,10 @@ class ExtractConfig:
                 parse_chain(text or self.dtype, self.dtype)
         if not 0 <= self.max_invalid <= 1:
             raise ConfigError(f"max_invalid is a share from 0 to 1, found {self.max_invalid}.", "Correct max_invalid.")
+
+    @property
+    def part_of(self) -> tuple[int, int] | None:
+        """Return (I, N) of `part`, None if there is none or it is not I/N."""
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.part or "")
+        number, count = (int(text) for text in found.groups()) if found else (0, 0)
+        return (number, count) if 1 <= number <= count else None

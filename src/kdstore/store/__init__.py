@@ -15,6 +15,7 @@ from kdstore.store.join import Join, JoinReport, join_sources, report_join
 from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array
 from kdstore.store.lock import Holder, unlock_store
 from kdstore.store.order import Batches, Order
+from kdstore.store.parts import finalise_store, leave_account, record_staged, stage_unit, staged_units
 from kdstore.store.plan import Plan, Unit, fingerprint_of
 from kdstore.store.reader import Store, open_store
 from kdstore.store.recode import Encoding, recode_store
@@ -22,13 +23,14 @@ from kdstore.store.rows import Rows
 from kdstore.store.stats import store_stats
 from kdstore.store.subset import subset_store
 from kdstore.store.verify import Damage, VerifyReport, verify_store
-from kdstore.store.writer import StoreWriter
+from kdstore.store.writer import Begun, StoreWriter, read_begun
 
 __all__ = [
     "ArrayDifference",
     "ArraySpec",
     "Attempt",
     "Batches",
+    "Begun",
     "Chain",
     "Codec",
     "Committer",
@@ -54,20 +56,26 @@ __all__ = [
     "concat_stores",
     "diff_stores",
     "embedding_array",
+    "finalise_store",
     "fingerprint_of",
     "fit_chain",
     "gather_ahead",
     "join_sources",
     "kept_codec",
+    "leave_account",
     "open_attempt",
     "open_family",
     "open_store",
     "parse_chain",
     "plan_child",
+    "read_begun",
     "read_keys",
     "recode_store",
+    "record_staged",
     "report_join",
     "scalar_array",
+    "stage_unit",
+    "staged_units",
     "store_progress",
     "store_stats",
     "subset_store",

@@ -72,6 +72,11 @@ class Store:
         return int(self.manifest["plan"]["unit_rows"])
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all files that the manifest lists."""
+        return sum(entry.size for entry in self._manifest.files.values())
+
+    @property
     def recorded_source(self) -> str:
         """The data that the store's run was given, as `run.json` beside the manifest has it; raises SourceError if it does not say.
 
@@ -96,7 +101,7 @@ class Store:
             "undecodable": int((~self.image_valid).sum()),
             "texts": self.num_texts,
             "arrays": {name: f"{list(spec.shape)} {spec.dtype}" for name, spec in self.arrays.items()},
-            "bytes": sum(entry.size for entry in self._manifest.files.values()),
+            "bytes": self.num_bytes,
             "fingerprint": self.fingerprint,
         }
 

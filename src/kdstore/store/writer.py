@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,25 @@ PARTS = "parts"
 BUILD_JSON = "build.json"
 PLAN = "plan.parquet"
 _ABSENT = "nothing"
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """What a store that is being written shall be."""
+
+    plan: Plan
+    arrays: tuple[ArraySpec, ...]
+    identity: dict[str, Any]
+
+
+def read_begun(path: str | Path) -> Begun:
+    """Read the build folder of an unfinished store; raises StoreNotFound if none was begun, DamagedStore."""
+    build = Path(path) / BUILD
+    if not (build / BUILD_JSON).is_file():
+        raise StoreNotFound(f"No store is being written at {path}.", "Check the path, or begin one with: kdstore extract --out PATH.")
+    said = read_json(build / BUILD_JSON)
+    arrays = tuple(ArraySpec.from_metadata(name, metadata) for name, metadata in said["arrays"].items())
+    return Begun(Plan.load(build / PLAN), arrays, said["identity"])
 
 
 class StoreWriter:
@@ -97,13 +117,9 @@ class StoreWriter:
     @classmethod
     def reopen(cls, path: str | Path, *, on_progress: OnProgress = silent) -> StoreWriter:
         """Go on with an unfinished store as its build folder describes it; raises StoreNotFound if none was begun, and what `open` raises."""
-        build = Path(path) / BUILD
-        if not (build / BUILD_JSON).is_file():
-            raise StoreNotFound(f"No store is being written at {path}.", "Check the path, or begin one with: kdstore extract --out PATH.")
-        said = read_json(build / BUILD_JSON)
-        arrays = [ArraySpec.from_metadata(name, metadata) for name, metadata in said["arrays"].items()]
+        begun, build = read_begun(path), Path(path) / BUILD
         constants = {str(file.relative_to(build)): file.read_bytes() for file in (build / "codecs").rglob("*") if file.is_file()}
-        return cls.open(path, plan=Plan.load(build / PLAN), arrays=arrays, identity=said["identity"], constants=constants, on_progress=on_progress)
+        return cls.open(path, plan=begun.plan, arrays=begun.arrays, identity=begun.identity, constants=constants, on_progress=on_progress)
 
     def _prepare(self) -> None:
         """Compare with what the folder holds and remove what dead attempts left; without a record of what it shall be, write one."""
@@ -131,6 +147,11 @@ class StoreWriter:
     def arrays(self) -> tuple[ArraySpec, ...]:
         """All arrays of the store, those that say what is valid too."""
         return tuple(self._specs.values())
+
+    @property
+    def digest(self) -> str | None:
+        """The digest of a complete store."""
+        return self._digest
 
     @property
     def complete(self) -> bool:

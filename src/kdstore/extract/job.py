@@ -1,0 +1,115 @@
+"""What a run is to compute, worked out from its settings before any unit: the same in the process that commits, in every worker and in every part."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdstore.data.source import Source
+from kdstore.data.sources import open_source
+from kdstore.errors import ConfigError, DiskFull, IdentityMismatch, SourceError
+from kdstore.extract.arrays import feature_shapes, planned_arrays, store_identity
+from kdstore.extract.config import ExtractConfig
+from kdstore.extract.fit import chains_of, fit_codecs, kept_codecs, sampled
+from kdstore.extract.parent import RowsOfStore
+from kdstore.extract.units import Extractor
+from kdstore.models.load import load_model
+from kdstore.models.memory import Fitting
+from kdstore.models.names import resolve
+from kdstore.progress import OnProgress, silent
+from kdstore.store import ArraySpec, Begun, Codec, Plan, StoreWriter, child_identity, codec_files, open_store, plan_child, read_keys
+
+LONG_RUN = 512  # images from which a look at the teacher is worth its time
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A store to be written, and the teacher ready to write it."""
+
+    config: ExtractConfig
+    out: Path
+    source: Source
+    plan: Plan
+    arrays: tuple[ArraySpec, ...]
+    codecs: dict[str, Codec]
+    identity: dict[str, Any]
+    extractor: Extractor
+
+    @property
+    def worth_a_check(self) -> bool:
+        """Whether the run is long, and the teacher not the one of a store that was checked before."""
+        return self.config.parent is None and self.plan.num_images >= LONG_RUN
+
+    def open_writer(self, on_progress: OnProgress = silent) -> StoreWriter:
+        """Become the store's committer, or find it complete; raises IdentityMismatch, StoreLocked, DamagedStore, DiskFull, CannotWrite."""
+        constants = {path: content for name, codec in self.codecs.items() for path, content in codec_files(name, codec).items()}
+        return StoreWriter.open(self.out, plan=self.plan, arrays=self.arrays, identity=self.identity, constants=constants, on_progress=on_progress)
+
+
+def store_path(config: ExtractConfig) -> Path:
+    """Return where the store of a run lies."""
+    return Path(config.out or f"store/{resolve(config.teacher, config.pretrained, untrained=config.untrained_seed is not None).short}")
+
+
+def prepare(
+    config: ExtractConfig, say: Callable[[str], None], on_progress: OnProgress = silent, *, source: Source | None = None, begun: Begun | None = None
+) -> Job:
+    """Open source and teacher, freeze the plan and fit the codecs, or take those that a run has left; `say` is told what a user should know.
+
+    `begun` is what the store's build folder says, for those who join a run: the plan is taken from it and its identity must be what is worked out here. Raises
+    ModelError, SourceError, JoinError, ConfigError, IdentityMismatch, DiskFull.
+    """
+    parent = open_store(config.parent) if config.parent else None
+    source = source or open_source(config.data or (parent.recorded_source if parent else "scenes"), on_progress=on_progress)
+    seed = config.untrained_seed
+    name = resolve(config.teacher, config.pretrained, untrained=seed is not None)
+    for notice in [*source.notices, *([name.notice] if name.notice else [])]:
+        say(notice)  # before the weights are fetched
+    on_progress("load", 0, 1, config.teacher)
+    options: dict[str, Any] = {"device": config.device, "precision": config.precision, "compile": config.compile, "channels_last": config.channels_last}
+    model = load_model(config.teacher, config.pretrained, untrained=seed is not None, seed=seed or 0, **options)
+    on_progress("load", 1, 1, config.teacher)
+    on_progress("plan", 0, len(source), source.spec)
+    if parent is not None:
+        if held := sorted(feature_shapes(config, model).keys() & parent.arrays.keys()):
+            raise ConfigError(f"{parent.path} holds {' and '.join(held)} already.", "Ask for other --tokens, or make a store without --parent.")
+        rows, plan = plan_child(parent, read_keys(config.keys) if config.keys else None, config.unit_rows)
+        source = RowsOfStore(parent, rows, plan, source)
+    elif begun is not None:
+        plan = begun.plan
+    else:
+        plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=config.unit_rows)
+    if plan.num_texts == 0:
+        raise SourceError(f"{source.spec} has no caption.", "Name the caption column, or give other data.")
+    on_progress("plan", len(source), len(source), source.spec)
+    arrays, out = tuple(planned_arrays(config, model, plan)), store_path(config)
+    _check_space(out, plan, arrays)
+    fitting, chains, shapes = Fitting(say), chains_of(config), feature_shapes(config, model)
+    codecs = kept_codecs(out, chains, shapes)
+    if codecs is None:
+        bare = Extractor(config, source, plan, model, arrays, {}, fitting)
+        batches = sampled(config, plan, model, fitting, lambda row: bare.decode(row)[0], on_progress)
+        codecs = fit_codecs(chains, shapes, batches, min(config.codec_sample, plan.num_images), model.logit_scale)
+        bare.close()
+    identity = store_identity(config, model, plan, codecs)
+    if parent is not None:
+        identity = child_identity(parent, identity)
+    if begun is not None and identity != begun.identity:
+        raise IdentityMismatch(f"What this process would compute is not what {out} is to hold.", "Give it the same weights, data and versions as the others.")
+    return Job(config, out, source, plan, arrays, codecs, identity, Extractor(config, source, plan, model, arrays, codecs, fitting))
+
+
+def _check_space(out: Path, plan: Plan, arrays: Sequence[ArraySpec]) -> None:
+    """Refuse before the first byte what cannot fit."""
+    needed = sum(spec.row_bytes * plan.rows(spec.side) for spec in arrays)
+    present = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(present).free
+    have = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
+    if needed - have > free:
+        raise DiskFull(
+            f"{out} needs {needed / 1e9:.1f} GB for {plan.num_images} images and {plan.num_texts} texts; {free / 1e9:.1f} GB are free.",
+            "Choose another disk with --out, fewer rows, or --tokens none.",
+        )

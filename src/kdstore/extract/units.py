@@ -1,0 +1,200 @@
+"""The teacher at work on one unit: images decoded in threads ahead of the model, features encoded and written in one behind it.
+
+Batches never cross units, so what is computed depends neither on who works on which unit nor on where a run was stopped. Time is counted where it is
+spent (decoding, model, encoding and writing), so that a run can say which of them holds it back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdstore.data.images import reason_of
+from kdstore.data.source import Source, UndecodableImage
+from kdstore.errors import SourceError
+from kdstore.extract.config import ExtractConfig
+from kdstore.extract.fit import encoded, image_features
+from kdstore.models.encode import encode_text, encode_text_tokens, in_batches
+from kdstore.models.load import Model
+from kdstore.models.memory import Fitting
+from kdstore.store import ArraySpec, Attempt, Codec, Plan, Unit
+
+AHEAD = 2  # batches decoded before the model asks for them, and written after it has ended
+ENOUGH = 100  # images from which a share of undecodable ones is believed
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was done, and the seconds that it took: of decoding summed over `decoders` threads, of the rest as they passed."""
+
+    images: int = 0
+    texts: int = 0
+    invalid: int = 0
+    decoding: float = 0.0
+    model: float = 0.0
+    writing: float = 0.0
+    last_reason: str = ""
+
+    def __add__(self, other: Tally) -> Tally:
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self) if f.name != "last_reason"}
+        return Tally(**sums, last_reason=other.last_reason or self.last_reason)
+
+
+@dataclass
+class Guard:
+    """Ends a run whose images cannot be decoded, in too large a part of them or all: of ENOUGH or more so far, or of all at the end."""
+
+    max_invalid: float
+    total: int
+    seen: int = 0
+    invalid: int = 0
+
+    def add(self, done: Tally) -> None:
+        """Count images; raises SourceError when too many of them are undecodable."""
+        self.seen, self.invalid = self.seen + done.images, self.invalid + done.invalid
+        ended = self.seen == self.total
+        if self.invalid > self.max_invalid * (self.seen if ended else max(self.seen, ENOUGH)) or (ended and self.invalid == self.seen > 0):
+            found = f"{self.invalid} of the first {self.seen} images cannot be decoded (the last: {done.last_reason or 'in an earlier unit'})."
+            raise SourceError(found, "Check the data, or allow more with --set max_invalid=SHARE.")
+
+
+class Extractor:
+    """A loaded teacher with all that units of one store need; `write` fills an attempt and may be called for any unit, in any order."""
+
+    def __init__(
+        self, config: ExtractConfig, source: Source, plan: Plan, model: Model, arrays: tuple[ArraySpec, ...], codecs: Mapping[str, Codec], fitting: Fitting
+    ) -> None:
+        self.model = model
+        self.fitting = fitting
+        self._config = config
+        self._source = source
+        self._plan = plan
+        self._specs = {spec.name: spec for spec in arrays if not spec.name.endswith("/valid")}
+        self._codecs = codecs
+        self._decoders = ThreadPoolExecutor(config.threads, "decode")
+        self._writer = ThreadPoolExecutor(1, "write")
+
+    def close(self) -> None:
+        """End the threads."""
+        for pool in (self._decoders, self._writer):
+            pool.shutdown(cancel_futures=True)
+
+    def write(self, attempt: Attempt, unit: Unit, on_batch: Callable[[Tally], None]) -> Tally:
+        """Compute and append all rows of a unit; `on_batch` is told what was done, batch by batch.
+
+        Raises ModelError for values that cannot be stored, what the source raises, DiskFull, CannotWrite, and what `on_batch` raises.
+        """
+        total, writing = Tally(), deque[Future[float]]()
+        try:
+            for done, write in (self._images if unit.side == "image" else self._texts)(attempt, unit):
+                writing.append(self._writer.submit(_seconds, write))
+                if len(writing) > AHEAD:
+                    done += Tally(writing=writing.popleft().result())
+                total += done
+                on_batch(done)
+            rest = Tally(writing=sum(future.result() for future in writing))
+            on_batch(rest)
+            return total + rest
+        finally:
+            for future in writing:
+                future.cancel()
+            self._writer.submit(int).result()  # nobody writes any more when the attempt is given up
+
+    def decode(self, row: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Decode and preprocess one image; returns its pixels, None if it cannot be decoded, and what the index says of it."""
+        try:
+            loaded = self._source.image(row)
+        except UndecodableImage as e:
+            return None, {"sha256": e.sha256, "valid": 0, "reason": e.reason, "width": 0, "height": 0}
+        info = {"sha256": loaded.sha256, "valid": 1, "reason": "", "width": loaded.width, "height": loaded.height}
+        try:
+            return self.model.preprocess(loaded.image), info
+        except Exception as e:  # what torchvision and Pillow raise for an image that they cannot resize
+            return None, {**info, "valid": 0, "reason": reason_of(e)}
+
+    def _images(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], None]]]:
+        for decoded, seconds in self._batches_ahead(unit):
+            started = time.perf_counter()
+            pixels, rows = [d for d, _ in decoded if d is not None], [info for _, info in decoded]
+            features = image_features(self._config, self.model, self.fitting, torch.stack(pixels)) if pixels else {}
+            valid = np.array([info["valid"] for info in rows], bool)
+            reasons = [info["reason"] for info in rows if not info["valid"]] or [""]
+            yield (
+                Tally(images=len(rows), invalid=int((~valid).sum()), decoding=seconds, model=time.perf_counter() - started, last_reason=reasons[-1]),
+                lambda features=features, valid=valid, rows=rows: self._append(attempt, "image/", features, valid, rows),  # type: ignore[misc]
+            )
+
+    def _texts(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], None]]]:
+        batch, started, embedding_MD = 4 * self._config.batch, time.perf_counter(), None
+        if "text/embedding" in self._specs:  # of the whole unit: equal captions are computed once
+            encode = lambda part: self.fitting.run("text", lambda some: (encode_text(self.model, some),), part)[0]  # noqa: E731
+            embedding_MD = in_batches(encode, self._plan.texts(unit.start, unit.stop), batch).numpy()
+        for start in range(unit.start, unit.stop, batch):
+            texts = self._plan.texts(start, min(start + batch, unit.stop))
+            features = {} if embedding_MD is None else {"text/embedding": embedding_MD[start - unit.start :][: len(texts)]}
+            if "text/tokens" in self._specs:
+                hidden_BLW, length_B = self.fitting.run("text", lambda some: encode_text_tokens(self.model, some, self._config.token_layer), texts)
+                features |= {"text/tokens": hidden_BLW.cpu().numpy(), "text/length": length_B.cpu().numpy()}
+            valid = np.ones(len(texts), bool)
+            yield (
+                Tally(texts=len(texts), model=time.perf_counter() - started),
+                lambda features=features, valid=valid: self._append(attempt, "text/", features, valid),  # type: ignore[misc]
+            )
+            started = time.perf_counter()
+
+    def _append(
+        self, attempt: Attempt, side: str, features: Mapping[str, npt.NDArray[Any]], valid: npt.NDArray[np.bool_], rows: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Append the features of valid rows as they are stored, among rows of NaN or code 0; raises ModelError for values that cannot be stored."""
+        for name, spec in self._specs.items():
+            if not name.startswith(side):
+                continue
+            block = np.full((len(valid), *spec.shape[1:]), spec.fill, spec.dtype)
+            if name == "text/length":
+                block[:] = features[name]
+            elif name in features:
+                block[valid] = encoded(name, features[name], self._codecs.get(name), spec.dtype).reshape(-1, *spec.shape[1:])
+            if name == "text/tokens":
+                block[np.arange(block.shape[1]) >= features["text/length"][:, None]] = 0  # code 0, whatever it decodes to
+            attempt.append(name, block)
+        attempt.index(rows)
+
+    def _batches_ahead(self, unit: Unit) -> Iterator[tuple[list[tuple[torch.Tensor | None, dict[str, Any]]], float]]:
+        """Decode the unit's batches in threads; yields them in order with the seconds that their decoding took, summed over the threads."""
+        waiting: deque[list[Future[Any]]] = deque()
+        try:
+            for start in range(unit.start, unit.stop, self._config.batch):
+                rows = range(start, min(start + self._config.batch, unit.stop))
+                waiting.append([self._decoders.submit(_timed, self.decode, row) for row in rows])
+                if len(waiting) > AHEAD:
+                    yield _joined(waiting.popleft())
+            while waiting:
+                yield _joined(waiting.popleft())
+        finally:
+            for future in (future for batch in waiting for future in batch):
+                future.cancel()
+
+
+def _timed(decode: Callable[[int], Any], row: int) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return decode(row), time.perf_counter() - started
+
+
+def _joined(futures: list[Future[Any]]) -> tuple[list[Any], float]:
+    found = [future.result() for future in futures]
+    return [decoded for decoded, _ in found], sum(seconds for _, seconds in found)
+
+
+def _seconds(write: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    write()
+    return time.perf_counter() - started

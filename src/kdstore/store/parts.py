@@ -1,0 +1,80 @@
+"""Units staged by the parts of a job array, which know nothing of each other: they lie in `_build/parts` until a committer records them.
+
+A part needs the store's lock only to find out what there is to do. What it stages is complete and synced, with its record beside it, so a part that is stopped
+and started again goes on after its last unit, and one that runs twice at once does the work twice and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kdstore.errors import DamagedStore, IncompleteStore
+from kdstore.jsonfile import make_folders, read_json, write_json
+from kdstore.progress import OnProgress, silent
+from kdstore.store.attempt import Attempt, open_attempt, staged_path
+from kdstore.store.layout import BUILD
+from kdstore.store.plan import Unit
+from kdstore.store.writer import PARTS, StoreWriter
+
+ACCOUNTS = "accounts"
+
+
+@contextlib.contextmanager
+def stage_unit(writer: StoreWriter, unit: Unit) -> Iterator[Attempt]:
+    """Stage a unit for `finalise_store`; leaving the block keeps it, an exception discards it. `writer` may have given its lock back."""
+    folder = writer.path / BUILD / PARTS
+    make_folders(folder)
+    with open_attempt(writer.path, writer.plan, writer.arrays, unit, under=PARTS) as attempt:
+        yield attempt
+        write_json(folder / f"{unit.name}.json", {"folder": attempt.folder.name, "record": attempt.close()})
+
+
+def staged_units(path: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Return the folder and the record of every unit that parts have staged whole, by its name."""
+    found = {}
+    for file in sorted((path / BUILD / PARTS).glob("*.json")):
+        with contextlib.suppress(DamagedStore, FileNotFoundError):  # a record that was cut, or files that were recorded already
+            said = read_json(file)
+            folder, record = file.parent / Path(said["folder"]).name, said["record"]
+            if all(staged_path(folder, name).stat().st_size == entry["size"] for name, entry in record["files"].items()):
+                found[file.stem] = folder, record
+    return found
+
+
+def record_staged(writer: StoreWriter, on_progress: OnProgress = silent) -> None:
+    """Record what parts have staged and is not recorded yet; raises StoreLocked, DiskFull, CannotWrite."""
+    pending = {unit.name for unit in writer.pending()}
+    staged = {name: found for name, found in staged_units(writer.path).items() if name in pending}
+    for done, (name, (folder, record)) in enumerate(staged.items(), 1):
+        writer.commit(folder, record)
+        (folder.parent / f"{name}.json").unlink(missing_ok=True)
+        on_progress("staged units", done, len(staged), "")
+
+
+def leave_account(path: Path, part: str, account: dict[str, Any]) -> None:
+    """Keep what the last run of a part says of itself, for `run.json`; raises DiskFull, CannotWrite."""
+    folder = path / BUILD / PARTS / ACCOUNTS
+    make_folders(folder)
+    write_json(folder / f"{part}.json", account)
+
+
+def finalise_store(path: str | Path, *, on_progress: OnProgress = silent) -> str:
+    """Record all staged units of a store whose parts have ended and seal it; returns its digest.
+
+    Raises IncompleteStore with the units that no part has staged, StoreNotFound, StoreLocked, DiskFull, CannotWrite.
+    """
+    with StoreWriter.reopen(path, on_progress=on_progress) as writer:
+        record_staged(writer, on_progress)
+        if pending := writer.pending():
+            some = ", ".join(unit.name for unit in pending[:5]) + (", ..." if len(pending) > 5 else "")
+            raise IncompleteStore(
+                f"{path}: {len(pending)} of {len(writer.plan.units)} units are not there ({some}).",
+                "Run the parts that did not end again, or the extract command without --part, which does the rest.",
+            )
+        accounts = [read_json(file) for file in sorted((writer.path / BUILD / PARTS / ACCOUNTS).glob("*.json"))]
+        images, valid = writer.recorded_images()
+        run = {"source": accounts[0].get("source") if accounts else None, "images": images, "texts": writer.plan.num_texts}
+        return writer.finalise({**run, "invalid_images": images - valid, "parts": accounts})
