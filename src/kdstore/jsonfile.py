@@ -38,6 +38,15 @@ def flat_fields(value: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: canonical_json(value).decode()}
 
 
+def differing_fields(there: Any, here: Any, named: tuple[str, str] = ("there", "here"), at_most: int = 8) -> str:
+    """Say in which fields two JSON values differ, those of `identity` first; '' if in none."""
+    first, second = flat_fields(there), flat_fields(here)
+    fields = [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)]
+    fields.sort(key=lambda name: (not name.startswith("identity"), name))
+    said = "; ".join(f"{name}: {named[0]} {first.get(name, 'nothing')}, {named[1]} {second.get(name, 'nothing')}" for name in fields[:at_most])
+    return said + (f"; and {len(fields) - at_most} more" if len(fields) > at_most else "")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` so that a crash leaves the old or the new file: temp, fsync, rename, fsync of the folder.
 

@@ -14,7 +14,7 @@ from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json
 from kdstore.models.encode import encode_image_tokens, encode_text_tokens
 from kdstore.models.load import load_model
-from kdstore.store import open_store, verify_store
+from kdstore.store import diff_stores, open_store, store_stats, verify_store
 
 CODECS = {"tokens": "both", "encode": "int8", "reduce": "pool3+pca24+int8"}
 
@@ -136,3 +136,23 @@ def test_values_that_are_not_finite_are_counted_and_refused():
     with pytest.raises(ModelError, match="0 NaN, 0 infinite values and 6 beyond float16"):
         encoded("image/embedding", rows, None, "float16")
     assert encoded("image/embedding", rows, None, "float32").tolist() == rows.tolist()
+
+
+def test_stores_whose_codes_mean_other_values_are_compared_by_their_features(tmp_path):
+    extract(config(tmp_path / "float"))
+    extract(config(tmp_path / "int8", encode="int8"))
+    found = diff_stores(tmp_path / "float", tmp_path / "int8")
+    assert not found.same
+    assert found.arrays["image/embedding"].cosine_min > 0.999
+    same = diff_stores(tmp_path / "int8", tmp_path / "int8")
+    assert same.same
+    assert same.arrays["image/embedding"].rows == 70
+
+
+def test_statistics_of_codes_are_those_of_the_features_that_they_stand_for(tmp_path):
+    extract(config(tmp_path / "float", tokens="image"))
+    extract(config(tmp_path / "int8", encode="int8", tokens="image", reduce="pool2+int8"))
+    stored, coded = (store_stats(tmp_path / name)["arrays"] for name in ("float", "int8"))
+    assert stored.keys() == coded.keys()
+    np.testing.assert_allclose(coded["image/embedding"]["mean"], stored["image/embedding"]["mean"], atol=0.02)
+    assert (coded["image/tokens"]["vectors"], coded["image/tokens"]["rows"]) == (280, 70)

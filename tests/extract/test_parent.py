@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdstore.errors import ConfigError, IdentityMismatch, JoinError, MissingFeature, SourceError
+from kdstore.data.source import Caption
+from kdstore.errors import ConfigError, IdentityMismatch, JoinError, MissingFeature, SourceError, StoreError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.recompute import recompute
 from kdstore.extract.run import extract
 from kdstore.progress import silent
-from kdstore.store import Encoding, concat_stores, open_family, open_store, recode_store, subset_store, verify_store
+from kdstore.store import Encoding, Plan, StoreWriter, concat_stores, open_family, open_store, plan, recode_store, subset_store, verify_store
 
 SHARED = {"teacher": "scenes-T", "untrained_seed": 0, "unit_rows": 16, "device": "cpu"}
 ARRAYS = ("image/embedding", "image/tokens", "text/embedding", "text/tokens", "text/length", "image/valid", "text/valid")
@@ -158,3 +159,70 @@ def test_an_image_that_changed_since_is_an_error_and_no_feature(tmp_path):
     (tmp_path / "moved" / "run.json").unlink()
     with pytest.raises(SourceError, match="does not say which data"):
         child(tmp_path, tmp_path / "other", parent=str(tmp_path / "moved"), tokens="image")
+
+
+def test_text_tokens_need_no_image(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for k in range(6):
+        Image.new("RGB", (64, 64), (40 * k, 9, 9)).save(photos / f"{k}.png")
+    (photos / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{k}.png,number {k}\n" for k in range(6)))
+    extract(config(tmp_path / "parent", data=str(photos)))
+    for k in range(6):
+        (photos / f"{k}.png").write_bytes(b"changed")
+    made = child(tmp_path, tmp_path / "child", tokens="text")
+    assert (made.written_images, made.written_texts) == (0, 6)
+    family, parent = open_family(tmp_path / "parent", tmp_path / "child"), open_store(tmp_path / "parent")
+    assert family.features("text/tokens", [5]).shape[0] == 1
+    assert open_store(tmp_path / "child").index("image", "sha256") == parent.index("image", "sha256")
+
+
+def test_image_tokens_of_images_without_captions_are_added(stores, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"path": "a.png", "captions": ["one"]}\n{"path": "b.png", "captions": []}\n')
+    for name, color in (("a", 9), ("b", 99)):
+        Image.new("RGB", (64, 64), (color, 9, 9)).save(tmp_path / f"{name}.png")
+    extract(config(tmp_path / "parent", data=str(tmp_path / "rows.jsonl")))
+    keys = write_keys(tmp_path / "keys", open_store(tmp_path / "parent").keys()[1:])
+    assert child(tmp_path, tmp_path / "child", tokens="image", keys=keys).images == 1
+    with pytest.raises(ConfigError, match="There is no key"):
+        child(tmp_path, tmp_path / "other", tokens="image", keys=write_keys(tmp_path / "none", []))
+    with pytest.raises(ConfigError, match="embeddings are the parent's"):
+        child(tmp_path, tmp_path / "other", encode="int8")
+
+
+def test_a_store_is_never_written_into_another(stores, tmp_path):
+    shutil.copytree(stores / "parent", tmp_path / "parent")
+    with pytest.raises(StoreError, match="lies in the store"):
+        child(tmp_path, tmp_path / "parent" / "child")
+    assert verify_store(tmp_path / "parent").ok
+
+
+def test_two_children_with_the_same_array_and_rows_in_another_order_are_refused(stores, tmp_path):
+    for name in ("a", "b"):
+        child(stores, tmp_path / name, tokens="text", keys=write_keys(tmp_path / "keys", open_store(stores / "parent").keys()[:3]))
+    with pytest.raises(IdentityMismatch, match="as another of these stores does"):
+        open_family(stores / "parent", tmp_path / "a", tmp_path / "b")
+    parent, made = open_store(stores / "parent"), open_store(tmp_path / "a")
+    shuffled = Plan.freeze([(key, (Caption(f"other {key}"),) * 5) for key in parent.keys()[[2, 0, 1]].tolist()])
+    with StoreWriter.open(tmp_path / "shuffled", plan=shuffled, arrays=[], identity=made.identity) as writer:
+        for unit in writer.pending():
+            with writer.attempt(unit) as attempt:
+                if unit.side == "image":
+                    attempt.index([{"sha256": "", "valid": True, "reason": "", "width": 1, "height": 1}] * 3)
+        writer.finalise({})
+    with pytest.raises(IdentityMismatch, match="in their order"):
+        open_family(stores / "parent", tmp_path / "shuffled")
+
+
+def test_rows_that_are_no_row_numbers_are_refused_as_those_of_any_store(stores, tmp_path):
+    child(stores, tmp_path / "child", keys=write_keys(tmp_path / "keys", open_store(stores / "parent").keys()[:3]))
+    family = open_family(stores / "parent", tmp_path / "child")
+    for rows in ([True, False], [1.9]):
+        with pytest.raises(IndexError):
+            family.gather("image/tokens", rows)
+
+
+def test_a_child_of_many_rows_in_small_units_gets_larger_ones(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "MAX_SHARDS", 4)
+    child(stores, tmp_path / "child", tokens="text", unit_rows=1)
+    assert open_store(tmp_path / "child").unit_rows == 64

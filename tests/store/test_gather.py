@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -11,6 +12,7 @@ import multiprocessing
 import pickle
 import shutil
 import tempfile
+import threading
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +30,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, Transpos
 from kdstore.data.source import Caption
 from kdstore.errors import DamagedStore, IncompleteStore, MissingFeature, StoreError, StoreNotFound
 from kdstore.jsonfile import write_json
-from kdstore.store import ArraySpec, Plan, Store, StoreWriter, open_store
+from kdstore.store import ArraySpec, Plan, Store, StoreWriter, open_store, token_array
 from kdstore.store import gather as gathering
 from kdstore.store.kernel import COMPILED, COPIED, UNKNOWN, copy_rows
 from kdstore.store.layout import DTYPES, PLAIN, ZSTD
@@ -311,3 +313,59 @@ def test_a_path_without_a_store_says_so(tmp_path: Path, sample: Any) -> None:
     sample.open(tmp_path / "begun").close()
     with pytest.raises(IncompleteStore, match="extraction has not ended"):
         open_store(tmp_path / "begun")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@given(bounds=st.lists(st.integers(0, 200), min_size=2, max_size=30, unique=True).map(sorted))
+def test_every_piece_is_taken_once(threads: int, bounds: list[int]) -> None:
+    results = gathering._in_pieces(lambda start, stop: (start, stop), bounds, threads)
+    assert sorted(results) == list(itertools.pairwise(bounds))
+
+
+def test_after_a_piece_that_raised_no_other_is_begun_and_nobody_is_at_one() -> None:
+    busy, begun = set(), []
+
+    def work(start: int, stop: int) -> None:
+        begun.append(start)
+        busy.add(start)
+        if start == 3:
+            raise DamagedStore("row 3")
+        threading.Event().wait(0.001)
+        busy.discard(start)
+
+    with pytest.raises(DamagedStore, match="row 3"):
+        gathering._in_pieces(work, list(range(10_000)), 2)
+    assert busy == {3}
+    assert len(begun) < 9_999
+
+
+def test_threads_that_cannot_be_started_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    taken: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(gathering, "_helpers", {})
+        patch.setattr(threading.Thread, "start", fail)
+        assert gathering._in_pieces(lambda start, stop: start, [0, 1, 2, 3], 2) == [0, 1, 2]
+        patch.undo()
+        gathering._in_pieces(lambda start, stop: taken.append(start), [5, 6, 7], 2)
+    assert sorted(taken) == [5, 6]
+
+
+def test_a_chunk_that_must_be_decoded_is_so_once_in_order_whatever_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan.freeze(((f"{i}", ()) for i in range(256)), unit_rows=256)
+    spec = dataclasses.replace(token_array(plan, "image", 4, 8, zstd=True), chunk=(32, 1, 4, 8))
+    values = np.random.default_rng(0).standard_normal(spec.shape).astype(np.float16)
+    with StoreWriter.open(tmp_path / "s", plan=plan, arrays=[spec], identity={}) as writer:
+        for unit in writer.pending():
+            with writer.attempt(unit) as attempt:
+                attempt.append(spec.name, values)
+                attempt.index([{"sha256": "", "valid": True, "reason": "", "width": 1, "height": 1}] * 256)
+        writer.finalise({})
+    store, decoded, real = open_store(tmp_path / "s"), [], gathering.decode_chunk
+    monkeypatch.setattr(gathering, "DECODING_THREAD_BYTES", 64)
+    monkeypatch.setattr(gathering, "PIECE_BYTES", 512)
+    monkeypatch.setattr(gathering, "decode_chunk", lambda *args: decoded.append(1) or real(*args))
+    assert np.array_equal(store.gather("image/tokens", np.arange(256)), values[:, 0])
+    assert len(decoded) == 8

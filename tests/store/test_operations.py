@@ -36,7 +36,7 @@ def test_a_store_cut_in_two_and_put_together_is_the_same(kdstore: Command, prist
     code, out, _ = kdstore("diff", pristine, tmp_path / "ab", "--json")
     assert (code, json.loads(out)["same"]) == (0, True)
     code, out, _ = kdstore("diff", pristine, tmp_path / "a")
-    assert (code, out.splitlines()[-1]) == (0, "they differ")
+    assert (code, out.splitlines()[-1]) == (1, "they differ")
 
 
 def test_recode_and_stats_take_their_options(kdstore: Command, pristine: Path, tmp_path: Path) -> None:

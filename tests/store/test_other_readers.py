@@ -50,6 +50,19 @@ def test_another_implementation_reads_every_array_bit_for_bit(reader: str, prist
             assert found[name].tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("reader", READERS)
+def test_another_implementation_reads_the_codes_of_the_golden_store(reader: str, tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "format-1-codes"
+    store = open_store(golden)
+    command = [sys.executable, "-W", "error", "-c", READERS[reader] + MAIN, str(golden), str(tmp_path / "read.npz"), *store.arrays]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    with np.load(tmp_path / "read.npz") as found:
+        for name, spec in store.arrays.items():
+            values = found[name][:, 0] if spec.has_views else found[name]
+            assert values.tobytes() == store.gather(name, np.arange(spec.shape[0])).tobytes()
+
+
 def test_metadata_names_codecs_of_zarrs_core_only(pristine: Path) -> None:
     def names(value: Any) -> set[str]:
         if isinstance(value, dict):

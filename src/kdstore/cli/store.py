@@ -221,7 +221,7 @@ def store_join(
 
 @store_app.command("diff")
 def store_diff(first: Path, second: Path, as_json: Json = False) -> None:
-    """Tell how two stores differ: identity, arrays, rows by key, and the values of common rows."""
+    """Tell how two stores differ: identity, arrays, rows by key, and the values of common rows; exit code 1 if they do."""
     from dataclasses import asdict
 
     from kdstore import store
@@ -229,6 +229,7 @@ def store_diff(first: Path, second: Path, as_json: Json = False) -> None:
     with bars() as on_progress:
         found = store.diff_stores(first, second, on_progress=on_progress)
     show({"same": found.same, **asdict(found)}, as_json, text=_diff_lines(found))
+    raise typer.Exit(0 if found.same else 1)
 
 
 def _diff_lines(found: StoreDifference) -> str:

@@ -58,6 +58,8 @@ class ExtractConfig:
             raise ConfigError(f"workers must not be negative, found {self.workers}.", "Give --workers N, one for a GPU or a few cores.")
         if self.keys and not self.parent:
             raise ConfigError("Keys choose rows of a parent.", "Name the store with --parent.")
+        if self.parent and self.encode:
+            raise ConfigError("The embeddings are the parent's, as it has encoded them.", "Leave --encode out; --reduce is for tokens.")
         if self.parent and (self.tokens == "none" or not self.out):
             raise ConfigError("A store that adds to a parent needs arrays and a path.", "Give --tokens image and --out, a folder beside the parent.")
         if self.unit_rows & (self.unit_rows - 1):

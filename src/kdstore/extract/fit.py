@@ -87,9 +87,8 @@ def sampled(
     config: ExtractConfig, plan: Plan, model: Model, fitting: Fitting, decode: Callable[[int], torch.Tensor | None], on_progress: OnProgress
 ) -> Iterator[Batch]:
     """Run the teacher over a sample of images and texts, as many of each as `codec_sample` or as there are; undecodable images are left out."""
-    image_rows, text_rows = (
-        np.sort(np.random.default_rng(SEED).choice(n, min(n, config.codec_sample), replace=False)) for n in (plan.num_images, plan.num_texts)
-    )
+    images = 0 if config.parent and config.tokens == "text" else plan.num_images
+    image_rows, text_rows = (np.sort(np.random.default_rng(SEED).choice(n, min(n, config.codec_sample), replace=False)) for n in (images, plan.num_texts))
     total = len(image_rows) + len(text_rows)
     with ThreadPoolExecutor(config.threads) as pool:
         for start in range(0, len(image_rows), config.batch):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdstore.data.images import DECODING
 from kdstore.data.source import Source
 from kdstore.data.sources import open_source
 from kdstore.errors import ConfigError, DiskFull, IdentityMismatch, SourceError
@@ -74,15 +75,18 @@ def prepare(
     on_progress("load", 1, 1, config.teacher)
     on_progress("plan", 0, len(source), source.spec)
     if parent is not None:
+        child_identity(parent, {**model.identity, "decoding": DECODING})  # before anything is computed
         if held := sorted(feature_shapes(config, model).keys() & parent.arrays.keys()):
             raise ConfigError(f"{parent.path} holds {' and '.join(held)} already.", "Ask for other --tokens, or make a store without --parent.")
         rows, plan = plan_child(parent, read_keys(config.keys) if config.keys else None, config.unit_rows)
-        source = RowsOfStore(parent, rows, plan, source)
+        source = of_parent = RowsOfStore(parent, rows, plan, source)
+        if config.tokens != "text":
+            of_parent.find()
     elif begun is not None:
         plan = begun.plan
     else:
         plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=config.unit_rows)
-    if plan.num_texts == 0:
+    if plan.num_texts == 0 and (parent is None or config.tokens != "image"):
         raise SourceError(f"{source.spec} has no caption.", "Name the caption column, or give other data.")
     on_progress("plan", len(source), len(source), source.spec)
     arrays, out = tuple(planned_arrays(config, model, plan)), store_path(config)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kdstore.data.source import Caption, LoadedImage, Source, UndecodableImage
 from kdstore.errors import JoinError
-from kdstore.store import Plan, Store, join_sources
+from kdstore.store import Plan, Store, index_rows, join_sources
 
 _UNITS = 8  # of the index, kept in memory
 
@@ -19,17 +20,23 @@ class RowsOfStore:
     """Images of a source in the order of a store's rows; one with other bytes than the teacher saw is an error and not a feature."""
 
     def __init__(self, parent: Store, rows: np.ndarray, plan: Plan, source: Source) -> None:
-        """Find the rows by fingerprint or key; raises JoinError for those that the source lacks."""
-        self._source, self._plan, self._rows = source, plan, rows
-        self._places = join_sources(parent, source).source_row_of_store[rows]
+        self._parent, self._source, self._plan, self._rows = parent, source, plan, rows
         self._sha256 = index_of(parent, "image", "sha256")
         self._where = f"{source.spec}: the image '{{}}' is not the one that {parent.path} has features of."
-        if (self._places < 0).any():
-            missing = plan.keys.take(np.flatnonzero(self._places < 0)[:3]).to_pylist()
+
+    def find(self) -> None:
+        """Find the images in the source by fingerprint or key, before any is asked for; raises JoinError for those that it lacks."""
+        places = self._places
+        if (places < 0).any():
+            missing = self._plan.keys.take(np.flatnonzero(places < 0)[:3]).to_pylist()
             raise JoinError(
-                f"{source.spec} lacks {int((self._places < 0).sum())} of {len(rows)} images of {parent.path}: {', '.join(missing)}.",
+                f"{self.spec} lacks {int((places < 0).sum())} of {len(places)} images of {self._parent.path}: {', '.join(missing)}.",
                 "Name the data that it was made from with --data, or the keys that are there with --keys.",
             )
+
+    @cached_property
+    def _places(self) -> npt.NDArray[np.int64]:
+        return join_sources(self._parent, self._source).source_row_of_store[self._rows]
 
     @property
     def spec(self) -> str:
@@ -48,6 +55,10 @@ class RowsOfStore:
     def captions(self, i: int) -> tuple[Caption, ...]:
         texts = slice(int(self._plan.offsets[i]), int(self._plan.offsets[i + 1]))
         return tuple(map(Caption, self._plan.captions[texts].to_pylist(), self._plan.kinds[texts].to_pylist()))
+
+    def index_rows(self, start: int, stop: int) -> list[dict[str, Any]]:
+        """Return what the parent's index says of some images, for arrays that need no look at them."""
+        return index_rows(self._parent, "image", self._rows[start:stop])
 
     def image(self, i: int) -> LoadedImage:
         """Decode image `i`; raises UndecodableImage, and JoinError for another image under its key."""

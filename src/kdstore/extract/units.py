@@ -23,6 +23,7 @@ from kdstore.data.source import Source, UndecodableImage
 from kdstore.errors import SourceError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.fit import encoded, image_features
+from kdstore.extract.parent import RowsOfStore
 from kdstore.models.encode import encode_text, encode_text_tokens, in_batches
 from kdstore.models.load import Model
 from kdstore.models.memory import Fitting
@@ -122,6 +123,9 @@ class Extractor:
             return None, {**info, "valid": 0, "reason": reason_of(e)}
 
     def _images(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], None]]]:
+        if isinstance(self._source, RowsOfStore) and not any(name.startswith("image/") for name in self._specs):
+            attempt.index(self._source.index_rows(unit.start, unit.stop))  # no image need be read
+            return
         for decoded, seconds in self._batches_ahead(unit):
             started = time.perf_counter()
             pixels, rows = [d for d, _ in decoded if d is not None], [info for _, info in decoded]

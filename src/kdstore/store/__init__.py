@@ -8,7 +8,7 @@ from kdstore.store.child import Family, child_identity, open_family, plan_child
 from kdstore.store.codecfile import codec_files, codec_identity, kept_codec
 from kdstore.store.codecs import Chain, Codec, fit_chain, parse_chain
 from kdstore.store.concat import concat_stores
-from kdstore.store.derive import DerivedStore, read_keys
+from kdstore.store.derive import DerivedStore, index_rows, read_keys
 from kdstore.store.diff import ArrayDifference, StoreDifference, diff_stores
 from kdstore.store.incomplete import Committer, StoreProgress, store_progress
 from kdstore.store.join import Join, JoinReport, join_sources, report_join
@@ -60,6 +60,7 @@ __all__ = [
     "fingerprint_of",
     "fit_chain",
     "gather_ahead",
+    "index_rows",
     "join_sources",
     "kept_codec",
     "leave_account",

@@ -77,6 +77,7 @@ def will_need(store: Store, name: str, rows: npt.ArrayLike) -> None:
     """
     if name not in store.arrays or not hasattr(os, "posix_fadvise"):
         return
+    store, rows = store.located(name, rows)
     spec = store.arrays[name]
     blocks = np.unique(np.asarray(rows, np.int64) % max(spec.shape[0], 1) // spec.chunk[0])
     blocks_per_shard = spec.shard[0] // spec.chunk[0]

@@ -27,9 +27,9 @@ T = TypeVar("T")
 Int64 = npt.NDArray[np.int64]
 
 
-def in_blocks(work: Callable[[int, int], T], spec: ArraySpec, start: int, stop: int) -> Iterator[T]:
-    """Yield `work(first, last)` for blocks of some 260,000 values of rows `start:stop` of an array, in their order."""
-    step = max(1, BLOCK_VALUES // (spec.views * math.prod(spec.row_shape)))
+def in_blocks(work: Callable[[int, int], T], spec: ArraySpec, start: int, stop: int, row_shape: tuple[int, ...] | None = None) -> Iterator[T]:
+    """Yield `work(first, last)` for blocks of some 260,000 values of rows `start:stop` of an array, in their order; `row_shape` if not the stored one."""
+    step = max(1, BLOCK_VALUES // (spec.views * math.prod(row_shape or spec.row_shape)))
     step -= step % spec.chunk[0] if step > spec.chunk[0] else 0  # a chunk that must be decoded is so once
     return in_order(work, ((first, min(first + step, stop)) for first in range(start, stop, step)))
 
@@ -42,10 +42,11 @@ def in_order(work: Callable[[int, int], T], blocks: Iterable[tuple[int, int]]) -
         yield from compute(*(task(first, last) for first, last in window))
 
 
-def gather_views(store: Store, name: str, rows: Int64) -> npt.NDArray[Any]:
-    """Return rows [B, V, ...] of an image array with all of its views, or rows [B, ...] of another."""
-    spec = store.arrays[name]
+def gather_views(store: Store, name: str, rows: Int64, *, decoded: bool = False) -> npt.NDArray[Any]:
+    """Return rows [B, V, ...] of an image array with all of its views, or rows [B, ...] of another; `decoded`: as the features that codes stand for."""
+    spec, read = store.arrays[name], store.features if decoded and name in store.codecs else store.gather
     if not spec.has_views:
-        return store.gather(name, rows)
+        return read(name, rows)
     views = np.tile(np.arange(spec.views), len(rows))
-    return store.gather(name, np.repeat(rows, spec.views), views).reshape(len(rows), *spec.shape[1:])
+    values = read(name, np.repeat(rows, spec.views), views)
+    return values.reshape(len(rows), spec.views, *values.shape[1:])

@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from kdstore.errors import IdentityMismatch, MissingFeature
-from kdstore.jsonfile import flat_fields
+from kdstore.errors import ConfigError, IdentityMismatch, MissingFeature
+from kdstore.jsonfile import differing_fields
 from kdstore.store.blocks import Int64
 from kdstore.store.codecs import Codec
 from kdstore.store.derive import Part, plan_of, rows_of_keys
+from kdstore.store.gather import integers, wrapped
+from kdstore.store.join import positions
 from kdstore.store.manifest import Manifest, read_manifest
 from kdstore.store.plan import Plan, Side
 from kdstore.store.reader import Store, open_store
@@ -28,16 +31,18 @@ OF_ROWS_AND_ARRAYS = ("source", "arrays", "lineage", "parent")  # parts of an id
 
 def plan_child(parent: Store, keys: Sequence[str] | None, unit_rows: int) -> tuple[Int64, Plan]:
     """Return the parent's image rows that a child takes (all, or those of `keys`) and the child's plan; raises JoinError for keys that are not there."""
+    if keys is not None and not keys:
+        raise ConfigError("There is no key.", "Give one line or more, or leave --keys out.")
     rows = np.arange(parent.num_images) if keys is None else rows_of_keys(parent, keys)
     return rows, plan_of([Part.of(parent, rows)], unit_rows)
 
 
 def child_identity(parent: Store, identity: dict[str, Any]) -> dict[str, Any]:
     """Return the identity of a child; raises IdentityMismatch with the differing fields unless all that made the features is the parent's."""
-    there, here = (flat_fields({name: part for name, part in of.items() if name not in OF_ROWS_AND_ARRAYS}) for of in (parent.identity, identity))
-    if fields := sorted(field for field in there.keys() | here.keys() if there.get(field) != here.get(field)):
-        said = "; ".join(f"{field}: there {there.get(field, 'nothing')}, here {here.get(field, 'nothing')}" for field in fields[:8])
-        raise IdentityMismatch(f"{parent.path} holds features of another kind ({said}).", "Name the parent's own teacher, or make a store without --parent.")
+    there, here = ({name: part for name, part in of.items() if name not in OF_ROWS_AND_ARRAYS} for of in (parent.identity, identity))
+    if differs := differing_fields(there, here):
+        hint = "Name the parent's own teacher, or make a store without --parent."
+        raise IdentityMismatch(f"{parent.path} holds features of another kind ({differs}).", hint)
     return {**identity, "parent": {"digest": parent.digest}}
 
 
@@ -52,8 +57,11 @@ class Family(Store):
             of = child.identity.get("parent")
             if not isinstance(of, dict) or of.get("digest") != self.digest:
                 raise IdentityMismatch(f"{child.path} is no child of {self.path} ({self.digest}).", "Name the store that it was made for.")
-            places = self._places(child)
-            for name in child.arrays.keys() - self.arrays.keys():
+            child_identity(self, child.identity)
+            places = _places(self, child)
+            for name in child.arrays.keys() - {"image/valid", "text/valid"}:
+                if name in self.arrays:
+                    raise IdentityMismatch(f"{child.path} holds {name} as another of these stores does.", "Leave one of them out.")
                 spec = child.arrays[name]
                 rows = self.num_images if spec.side == "image" else self.num_texts
                 self.arrays[name] = dataclasses.replace(spec, shape=(rows, *spec.shape[1:]))
@@ -70,32 +78,55 @@ class Family(Store):
         _, place = self._lent.get(name, (self, None))
         return np.ones(self.arrays[name].shape[0], bool) if place is None else place >= 0
 
+    def located(self, name: str, rows: npt.ArrayLike) -> tuple[Store, npt.ArrayLike]:
+        """Return the store that has an array, and where rows lie in it; raises MissingFeature for those that it does not hold, IndexError."""
+        if name not in self._lent:
+            return super().located(name, rows)
+        child, place = self._lent[name]
+        if place is None:
+            return child, rows
+        asked = wrapped(integers(rows, "row"), len(place), "row")
+        if (lacking := asked[place[asked] < 0]).size:
+            held = int((place >= 0).sum())
+            raise MissingFeature(f"{child.path} holds {name} for {held} of {len(place)} rows; row {lacking[0]} is not among them.", "See Family.holds.")
+        return child, place[asked]
+
     def gather(self, name: str, rows: npt.ArrayLike, views: npt.ArrayLike | None = None, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Return rows as `Store.gather` does; raises MissingFeature for rows that the child which has this array does not hold."""
         if name not in self._lent:
             return super().gather(name, rows, views, out)
-        child, place = self._lent[name]
-        if place is None:
-            return child.gather(name, rows, views, out)
-        asked = np.asarray(rows, np.int64)
-        if (place[asked] < 0).any():
-            row = int(asked[np.argmax(place[asked] < 0)])
-            held = int((place >= 0).sum())
-            raise MissingFeature(f"{child.path} holds {name} for {held} of {len(place)} rows; row {row} is not among them.", "See Family.holds.")
-        return child.gather(name, place[asked], views, out)
+        child, places = self.located(name, rows)
+        return child.gather(name, places, views, out)
+
+    def features(
+        self, name: str, rows: npt.ArrayLike, views: npt.ArrayLike | None = None, out: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return features as `Store.features` does, by the lengths and the validity of the store that has them."""
+        if name not in self._lent:
+            return super().features(name, rows, views, out)
+        child, places = self.located(name, rows)
+        return child.features(name, places, views, out)
 
     def codec(self, name: str) -> Codec:
         """Return the codec of an array in `codecs`, its parameters read once."""
         return self._lent[name][0].codec(name) if name in self._lent else super().codec(name)
 
-    def _places(self, child: Store) -> dict[Side, Int64 | None]:
-        """Return per side where a row of the parent lies in the child, -1 if nowhere, or None if both have the same rows."""
-        if child.fingerprint == self.fingerprint:
-            return {"image": None, "text": None}
-        part = Part.of(self, rows_of_keys(self, child.index("image", "key").to_pylist()))
-        if (len(part.images), len(part.texts)) != (child.num_images, child.num_texts):
-            raise IdentityMismatch(f"{child.path} has other captions than {self.path}.", "Extract it again with --parent.")
-        return {"image": _inverse(part.images, self.num_images), "text": _inverse(part.texts, self.num_texts)}
+
+def _places(parent: Store, child: Store) -> dict[Side, Int64 | None]:
+    """Return per side where a row of the parent lies in the child, -1 if nowhere, or None if both have the same rows.
+
+    Raises JoinError for keys that the parent lacks, IdentityMismatch for rows in another order or other captions.
+    """
+    if child.fingerprint == parent.fingerprint:
+        return {"image": None, "text": None}
+    rows = positions(child.index("image", "key").combine_chunks(), parent.index("image", "key").combine_chunks())
+    ascending = bool((rows >= 0).all() and (np.diff(rows) > 0).all())
+    part = Part.of(parent, rows) if ascending else None
+    if part is None or not np.array_equal(np.diff(parent.offsets)[rows], np.diff(child.offsets)):
+        raise IdentityMismatch(f"{child.path} does not hold rows of {parent.path} in their order.", "Extract it again with --parent.")
+    if not child.index("text", "sha256").combine_chunks().equals(parent.index("text", "sha256").take(pa.array(part.texts)).combine_chunks()):
+        raise IdentityMismatch(f"{child.path} has other captions than {parent.path}.", "Extract it again with --parent.")
+    return {"image": _inverse(part.images, parent.num_images), "text": _inverse(part.texts, parent.num_texts)}
 
 
 def _inverse(rows: Int64, size: int) -> Int64:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from kdstore.errors import ConfigError, IdentityMismatch, JoinError
-from kdstore.jsonfile import flat_fields
+from kdstore.jsonfile import differing_fields
 from kdstore.progress import OnProgress, silent
 from kdstore.store.derive import DerivedStore, Part, choose, derived_identity, fitted, plan_of, write_parts
 from kdstore.store.plan import repeated
@@ -38,11 +38,8 @@ def concat_stores(paths: Sequence[str | Path], out: str | Path, *, on_progress: 
 
 
 def _refuse_differences(first: Store, other: Store) -> None:
-    there, here = (flat_fields(_features(store)) for store in (first, other))
-    fields = sorted(field for field in there.keys() | here.keys() if there.get(field) != here.get(field))
-    if fields:
-        said = "; ".join(f"{field}: {there.get(field, 'nothing')} and {here.get(field, 'nothing')}" for field in fields[:8])
-        raise IdentityMismatch(f"{first.path} and {other.path} hold other features ({said}).", "Recode or subset them until they agree.")
+    if differs := differing_fields(_features(first), _features(other)):
+        raise IdentityMismatch(f"{first.path} and {other.path} hold other features ({differs}).", "Recode or subset them until they agree.")
 
 
 def _features(store: Store) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def plan_of(parts: Sequence[Part], unit_rows: int) -> Plan:
     """Plan the rows of all parts, one after the other, in units of `unit_rows` (more if 8,192 units would not do); keys must be unique."""
     if len(parts) == 1 and len(parts[0].images) == (store := parts[0].store).num_images:
         keys, captions, kinds = (_column(store, side, name) for side, name in _PLANNED)
-        return Plan(keys, captions, kinds, store.offsets, unit_rows, store.fingerprint)
+        return Plan(keys, captions, kinds, store.offsets, unit_rows, store.fingerprint).within_limits()
     return Plan.freeze((pair for part in parts for pair in _pairs(part)), unit_rows=unit_rows)
 
 
@@ -162,7 +162,7 @@ def write_parts(
         for unit in pending:
             with writer.attempt(unit) as attempt:
                 for store, rows in _pieces(parts, unit.side, unit.start, unit.stop):
-                    attempt.index(_index_rows(store, unit.side, rows))
+                    attempt.index(index_rows(store, unit.side, rows))
                 for spec in specs:
                     if spec.side == unit.side:
                         for block in in_blocks(functools.partial(_block, parts, spec, allow_overflow), spec, unit.start, unit.stop):
@@ -204,7 +204,7 @@ def _pieces(parts: Sequence[Part], side: Side, start: int, stop: int) -> Iterato
         start, stop = start - len(rows), stop - len(rows)
 
 
-def _index_rows(store: Store, side: Side, rows: Int64) -> list[dict[str, Any]]:
+def index_rows(store: Store, side: Side, rows: Int64) -> list[dict[str, Any]]:
     """Return what a store's index knows of ascending rows, as `Attempt.index` takes it."""
     valid = store.gather(f"{side}/valid", rows).tolist()
     if side == "text":

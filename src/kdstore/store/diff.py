@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def diff_stores(first: str | Path, second: str | Path, *, on_progress: OnProgres
     images_a, images_b = _common_images(a, b)
     texts_a, texts_b = _common_texts(a, b, images_a, images_b)
     arrays = {}
-    comparable = [name for name, spec in a.arrays.items() if name in b.arrays and spec.shape[1:] == b.arrays[name].shape[1:]]
+    comparable = [name for name in a.arrays if name in b.arrays and _shape(a, b, name) == _shape(b, a, name)]
     for name in comparable:
         rows = (images_a, images_b) if a.arrays[name].side == "image" else (texts_a, texts_b)
         arrays[name] = _array_difference(stores, name, *rows, on_progress)
@@ -81,6 +80,18 @@ def diff_stores(first: str | Path, second: str | Path, *, on_progress: OnProgres
         arrays,
         tuple(sorted((a.arrays.keys() | b.arrays.keys()) - set(comparable))),
     )
+
+
+def _decoded(a: Store, b: Store, name: str) -> bool:
+    """Whether an array must be decoded to be compared: its codes do not mean the same in both."""
+    said = [store.identity["arrays"][name]["codec"] if name in store.codecs else None for store in (a, b)]
+    return said[0] != said[1]
+
+
+def _shape(store: Store, other: Store, name: str) -> tuple[int, ...]:
+    """Return the views and the shape of what is compared of a row of `store`."""
+    spec = store.arrays[name]
+    return spec.views, *(store.feature_shape(name) if _decoded(store, other, name) else spec.row_shape)
 
 
 def _fields(a: Any, b: Any) -> dict[str, tuple[str | None, str | None]]:
@@ -108,7 +119,8 @@ def _common_texts(a: Store, b: Store, images_a: Int64, images_b: Int64) -> tuple
 
 def _array_difference(stores: tuple[Store, Store], name: str, rows_a: Int64, rows_b: Int64, on_progress: OnProgress) -> ArrayDifference:
     unequal, vectors, max_abs, cosine_min, cosine_sum, done = 0, 0, 0.0, math.inf, 0.0, 0
-    for found in in_blocks(functools.partial(_compare_block, stores, name, (rows_a, rows_b)), stores[0].arrays[name], 0, len(rows_a)):
+    shape = _shape(*stores, name)[1:]
+    for found in in_blocks(functools.partial(_compare_block, stores, name, (rows_a, rows_b)), stores[0].arrays[name], 0, len(rows_a), shape):
         done += found[0]
         unequal += found[1]
         max_abs = max(max_abs, found[2])
@@ -119,9 +131,10 @@ def _array_difference(stores: tuple[Store, Store], name: str, rows_a: Int64, row
     return ArrayDifference(len(rows_a), unequal, max_abs, cosine_min if vectors else None, cosine_sum / vectors if vectors else None)
 
 
-def _compare_block(stores: Sequence[Store], name: str, rows: tuple[Int64, Int64], start: int, stop: int) -> tuple[int, int, float, float, float, int]:
+def _compare_block(stores: tuple[Store, Store], name: str, rows: tuple[Int64, Int64], start: int, stop: int) -> tuple[int, int, float, float, float, int]:
     """Return rows, values that differ, largest difference, least cosine, sum of cosines and vectors that have one."""
-    a, b = (gather_views(store, name, part[start:stop]) for store, part in zip(stores, rows, strict=True))
+    decoded = _decoded(*stores, name)
+    a, b = (gather_views(store, name, part[start:stop], decoded=decoded) for store, part in zip(stores, rows, strict=True))
     unequal = int(((a != b) & ~((a != a) & (b != b))).sum())
     if not np.issubdtype(a.dtype, np.floating) or not np.issubdtype(b.dtype, np.floating):
         apart = np.abs(a.astype(np.float64) - b.astype(np.float64))

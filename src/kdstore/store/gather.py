@@ -14,9 +14,9 @@ import os
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -37,6 +37,8 @@ THREAD_BYTES = 1_200_000  # a batch is worth a thread for each of these; with le
 DECODING_THREAD_BYTES = 1 << 18  # the same for chunks that must be decoded
 LARGE_BYTES = 16 << 20  # whatever waking threads costs, a batch from here on is worth it
 ROUND, TRIAL = 128, 12  # smaller ones: of so many gathers, so many try one thread, as many try several, and the rest do what was faster
+MAX_THREADS = 16  # of one gather: memory gives no more
+DECODED_HERE = (PLAIN, ZSTD, BLOSC)
 PINNED = hasattr(os, "sched_setaffinity")  # Linux
 _NEVER = 1 << 32  # no four bytes are this seal
 
@@ -62,12 +64,12 @@ class ArrayReader:
 
     def gather(self, rows: npt.ArrayLike, views: npt.ArrayLike | None, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         """Do what `Store.gather` says."""
-        rows_B = _integers(rows, "row")
+        rows_B = integers(rows, "row")
         views_B = self._views(views, len(rows_B))
         out = self._output(len(rows_B), out)
         if not len(rows_B) or (self._mapped and self._copy_mapped(rows_B, views_B, out)):
             return out  # once all chunks were checked, a gather ends here
-        rows_B, views_B = _wrapped(rows_B, self._spec.shape[0], "row"), _wrapped(views_B, self._spec.views, "view")
+        rows_B, views_B = wrapped(rows_B, self._spec.shape[0], "row"), wrapped(views_B, self._spec.views, "view")
         chunks_B = rows_B // self._spec.chunk[0] * self._spec.views + views_B
         if self._mapped:
             self._check_mapped(chunks_B)
@@ -82,7 +84,7 @@ class ArrayReader:
             return np.zeros(size, np.int64)
         if not self._spec.has_views:
             raise ValueError(f"{self._spec.name} has no views")
-        return _integers(np.broadcast_to(views, (size,)), "view")
+        return integers(np.broadcast_to(views, (size,)), "view")
 
     def _output(self, size: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         shape, dtype = (size, *self._spec.row_shape), np.dtype(self._spec.dtype).newbyteorder("<")
@@ -137,17 +139,26 @@ class ArrayReader:
                     out[i] = raw[begin : begin + out.shape[1]]
 
         plain = self._spec.codecs == PLAIN
-        _in_pieces(read, out, _threads(out, THREAD_BYTES if plain else DECODING_THREAD_BYTES))
+        if plain:
+            _in_pieces(read, _bounds(out, threads := _threads(out, THREAD_BYTES)), threads)
+        elif self._spec.codecs in DECODED_HERE:
+            begins = np.flatnonzero(np.diff(chunks_B[order], prepend=-1))  # a piece begins with a chunk, which is decoded once
+            bounds = _bounds(out, threads := _threads(out, DECODING_THREAD_BYTES))
+            snapped = [0, *np.unique(begins[np.searchsorted(begins, bounds[1:-1], side="right") - 1]).tolist(), len(out)]
+            _in_pieces(read, list(dict.fromkeys(snapped)), threads)
+        else:
+            read(0, len(out))  # zarr has threads of its own
         if plain:  # others were compared with their crc32c after they were read
             for number in np.unique(chunks_B // self._spec.chunks_per_shard).tolist():
-                end = os.pread(self._descriptor(number).fd, CRC_BYTES, self._manifest.entry(self._spec.shard_path(number)).size - CRC_BYTES)
+                descriptor = self._descriptor(number)  # held while it is read
+                end = os.pread(descriptor.fd, CRC_BYTES, self._manifest.entry(self._spec.shard_path(number)).size - CRC_BYTES)
                 if len(end) < CRC_BYTES or int.from_bytes(end, "little") != self._seals[number]:
                     raise self._cut(number)
 
     def _decoded(self, chunk: int) -> Bytes:
         payload = self._checked_payload(chunk)
         try:
-            if self._spec.codecs in (PLAIN, ZSTD, BLOSC):
+            if self._spec.codecs in DECODED_HERE:
                 raw = decode_chunk(self._spec, payload)
             else:
                 raw = decode_chunk_with_zarr(self._spec, self._manifest.content["arrays"][self._spec.name], payload)
@@ -243,7 +254,7 @@ class _Descriptor:
         weakref.finalize(self, os.close, fd).atexit = False
 
 
-def _integers(indices: npt.ArrayLike, what: str) -> Int64:
+def integers(indices: npt.ArrayLike, what: str) -> Int64:
     """Return a contiguous, writable copy of indices as int64 [B], as the compiled loop takes them; raises IndexError."""
     array = np.asarray(indices)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
@@ -251,7 +262,7 @@ def _integers(indices: npt.ArrayLike, what: str) -> Int64:
     return np.array(array, np.int64)
 
 
-def _wrapped(indices_B: Int64, size: int, what: str) -> Int64:
+def wrapped(indices_B: Int64, size: int, what: str) -> Int64:
     """Return indices in 0..size-1, negative ones counted from the end; raises IndexError."""
     outside = indices_B[(indices_B < -size) | (indices_B >= size)]
     if len(outside):
@@ -275,39 +286,48 @@ class _Pace:
         self._gathers = 0
         self._seconds = [0.0, 0.0]  # per byte, lately: alone, in threads
 
-    def run(self, work: Callable[[int, int], T], out: Bytes) -> list[T]:
+    def run(self, copy: Callable[[int, int], int], out: Bytes) -> list[int]:
         threads = _threads(out, THREAD_BYTES)
         if threads == 1 or out.nbytes >= LARGE_BYTES:
-            return _in_pieces(work, out, threads)
+            return _in_pieces(copy, _bounds(out, threads), threads)
         trial = self._gathers % ROUND // TRIAL  # several in a row: a core that is woken often wakes sooner
-        self._gathers += 1
         together = bool(trial) if trial < 2 else self._seconds[True] < self._seconds[False]
         start = time.perf_counter()
-        results = _in_pieces(work, out, threads if together else 1)
-        self._seconds[together] += ((time.perf_counter() - start) / out.nbytes - self._seconds[together]) / 4
+        results = _in_pieces(copy, _bounds(out, threads if together else 1), threads if together else 1)
+        if set(results) == {COPIED}:
+            self._gathers += 1
+            self._seconds[together] += ((time.perf_counter() - start) / out.nbytes - self._seconds[together]) / 4
         return results
 
 
 def _threads(out: Bytes, thread_bytes: int) -> int:
-    return max(1, min(len(_cpus()), out.nbytes // thread_bytes))
+    wanted = min(out.nbytes // thread_bytes, MAX_THREADS)
+    return 1 if wanted < 2 else min(wanted, len(_cpus()))
 
 
-def _in_pieces(work: Callable[[int, int], T], out: Bytes, threads: int) -> list[T]:
-    """Call `work(start, stop)` over the rows of `out` and return the results."""
+def _bounds(out: Bytes, threads: int) -> list[int]:
+    """Return where the pieces of a batch begin, and its end."""
     if threads == 1:
-        return [work(0, len(out))]
+        return [0, len(out)]
     rounds = max(1, out.nbytes // PIECE_BYTES // threads)
-    count = min(rounds * threads + 1, len(out))  # the one more is for this thread: another would have to wake it
-    bounds = [len(out) * i // count for i in range(count + 1)]
+    count = min(rounds * threads + 1, len(out))  # the one more is for the calling thread: another would have to wake it
+    return [len(out) * i // count for i in range(count + 1)]
+
+
+def _in_pieces(work: Callable[[int, int], T], bounds: list[int], threads: int) -> list[T]:
+    """Call `work(start, stop)` for all pieces between bounds, on up to `threads` threads of which this is one, and return the results."""
     pieces = iter(list(itertools.pairwise(bounds)))  # one iterator for all threads: a piece goes to who asks first
 
     def take() -> list[T]:
         return [work(start, stop) for start, stop in pieces]
 
-    others = [_helper(cpu).submit(take) for cpu in _other_cpus()[: threads - 1]]
+    others: list[Future[list[T]]] = []
     try:
+        with suppress(RuntimeError):  # no thread can be started, or none any more: those that run do it all
+            others.extend(_helper(cpu).submit(take) for cpu in (_other_cpus()[: threads - 1] if threads > 1 else ()))
         results = take()
     finally:
+        deque(pieces, maxlen=0)  # after an exception nobody begins another
         started = [future for future in others if not future.cancel()]
         wait(started)  # nobody may write into `out` after this function has ended
     return [*results, *(result for future in started for result in future.result())]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -76,10 +76,14 @@ class Plan:
         keys = _one(table["key"])
         if pc.count_distinct(keys).as_py() < len(keys):
             raise SourceError(f"Keys must be unique, but these come more than once: {', '.join(repeated(keys)[:5])}.", "Choose another key column.")
-        plan = _from_columns(table, f"sha256:{digest.hexdigest()}", unit_rows)
-        while max(plan.num_images, plan.num_texts) > MAX_SHARDS * plan.unit_rows:
-            plan = _from_columns(table, plan.fingerprint, plan.unit_rows * 2)
-        return plan
+        return _from_columns(table, f"sha256:{digest.hexdigest()}", unit_rows).within_limits()
+
+    def within_limits(self) -> Plan:
+        """Return this plan with `unit_rows` doubled until no side has more than 8,192 units."""
+        unit_rows = self.unit_rows
+        while max(self.num_images, self.num_texts) > MAX_SHARDS * unit_rows:
+            unit_rows *= 2
+        return replace(self, unit_rows=unit_rows)
 
     @property
     def num_images(self) -> int:

@@ -91,6 +91,7 @@ class Store:
     def summary(self) -> dict[str, Any]:
         """Tell in a few JSON values what the store holds."""
         teacher = self.identity.get("teacher", {})
+        encoded = self.identity.get("arrays", {})
         return {
             "path": str(self.path),
             "digest": self.digest,
@@ -100,7 +101,7 @@ class Store:
             "images": self.num_images,
             "undecodable": int((~self.image_valid).sum()),
             "texts": self.num_texts,
-            "arrays": {name: f"{list(spec.shape)} {spec.dtype}" for name, spec in self.arrays.items()},
+            "arrays": {name: f"{list(spec.shape)} {spec.dtype}{_said(encoded.get(name))}" for name, spec in self.arrays.items()},
             "bytes": self.num_bytes,
             "fingerprint": self.fingerprint,
         }
@@ -112,6 +113,11 @@ class Store:
                 f"{self.path} holds no {', '.join(missing)}; it holds {', '.join(sorted(self.arrays))}.",
                 "Extract the missing features into a store, or choose a loss that needs less.",
             )
+
+    def located(self, name: str, rows: npt.ArrayLike) -> tuple[Store, npt.ArrayLike]:
+        """Return the store whose files hold an array, and where rows lie in it."""
+        self.require(name)
+        return self, rows
 
     def gather(self, name: str, rows: npt.ArrayLike, views: npt.ArrayLike | None = None, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Return rows [B, ...] of an array in its stored dtype, into `out` if given.
@@ -212,6 +218,15 @@ class Store:
         if found != rows:
             raise DamagedStore(f"{self.path}/index/{side} holds {found} rows, expected {rows}.", RESTORE)
         return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type if parts else pa.large_string())
+
+
+def _said(encoding: Any) -> str:
+    """Say in a few words what an identity says of an array."""
+    if not isinstance(encoding, dict):
+        return ""
+    codec = encoding.get("codec")
+    words = [f"layer {encoding.get('layer')}", str(encoding.get("precision")), *([str(codec.get("name"))] if isinstance(codec, dict) else [])]
+    return f" ({', '.join(words)})"
 
 
 def open_store(path: str | Path) -> Store:

@@ -53,7 +53,7 @@ class Covariance:
 
 
 def store_stats(path: str | Path, *, max_samples: int = MAX_SAMPLES, on_progress: OnProgress = silent) -> dict[str, Any]:
-    """Compute the statistics of every float array, write them to `stats.json` and return them.
+    """Compute the statistics of every array of floats, or of codes that stand for features, write them to `stats.json` and return them.
 
     Per array: `rows` (valid ones), `vectors` (finite ones in them), values in valid rows that are `nan`, `inf` or `at_limit` (the largest
     finite ones of the dtype, which a clipped overflow leaves), `norm` (min, mean, max), `mean` and `variance` per channel, and for embeddings
@@ -61,7 +61,7 @@ def store_stats(path: str | Path, *, max_samples: int = MAX_SAMPLES, on_progress
     Raises what `open_store` and `Store.gather` raise, and CannotWrite.
     """
     store = open_store(path)
-    names = [name for name, spec in store.arrays.items() if spec.dtype.startswith("float")]
+    names = [name for name, spec in store.arrays.items() if spec.dtype.startswith("float") or name in store.codecs]
     stats = {"store": store.digest, "arrays": {name: array_stats(store, name, max_samples=max_samples, on_progress=on_progress) for name in names}}
     write_json(store.path / "stats.json", stats)
     return stats
@@ -70,12 +70,13 @@ def store_stats(path: str | Path, *, max_samples: int = MAX_SAMPLES, on_progress
 def array_stats(store: Store, name: str, *, max_samples: int = MAX_SAMPLES, on_progress: OnProgress = silent) -> dict[str, Any]:
     """Return the statistics of one float array as `store_stats` describes them."""
     spec = store.arrays[name]
-    width = spec.shape[-1]
+    shape = store.feature_shape(name)
+    width = shape[-1]
     stride = _stride(store, name, max_samples if name.endswith(("/embedding", "/tokens")) else 0)
     total = Moments(0, 0, 0, 0, 0, np.inf, 0.0, -np.inf, np.zeros(width), np.zeros(width), np.empty((0, width)))
     products = _Products(width)
     done = 0
-    for block in in_blocks(functools.partial(_block_moments, store, name, stride), spec, 0, spec.shape[0]):
+    for block in in_blocks(functools.partial(_block_moments, store, name, stride), spec, 0, spec.shape[0], shape):
         total = _merged(total, block)
         products.add(block.sample_SW)
         done += block.rows
@@ -98,8 +99,9 @@ def array_stats(store: Store, name: str, *, max_samples: int = MAX_SAMPLES, on_p
 def covariance(store: Store, name: str, *, max_samples: int = MAX_SAMPLES) -> Covariance:
     """Return the covariance of at most `max_samples` vectors of a float array, the same ones that `array_stats` takes its spectrum from."""
     spec = store.arrays[name]
-    products = _Products(spec.shape[-1])
-    for block in in_blocks(functools.partial(_block_moments, store, name, _stride(store, name, max_samples)), spec, 0, spec.shape[0]):
+    shape = store.feature_shape(name)
+    products = _Products(shape[-1])
+    for block in in_blocks(functools.partial(_block_moments, store, name, _stride(store, name, max_samples)), spec, 0, spec.shape[0], shape):
         products.add(block.sample_SW)
     return products.covariance()
 
@@ -143,32 +145,36 @@ class _Products:
 
 def _stride(store: Store, name: str, max_samples: int) -> int:
     """Return k so that every k-th vector makes a sample of at most `max_samples`, 0 for none; no factor of the vectors per row, so that all tokens are met."""
-    spec = store.arrays[name]
-    per_row = math.prod(spec.shape[1:-1])
-    if not max_samples or not spec.shape[0]:
+    rows, per_row = store.arrays[name].shape[0], _vectors_per_row(store, name)
+    if not max_samples or not rows:
         return 0
-    stride = -(-spec.shape[0] * per_row // max_samples)
+    stride = -(-rows * per_row // max_samples)
     while math.gcd(stride, per_row) > 1:
         stride += 1
     return stride
 
 
+def _vectors_per_row(store: Store, name: str) -> int:
+    return store.arrays[name].views * math.prod(store.feature_shape(name)[:-1])
+
+
 def _block_moments(store: Store, name: str, stride: int, start: int, stop: int) -> Moments:
-    spec = store.arrays[name]
+    spec, width = store.arrays[name], store.feature_shape(name)[-1]
+    limit = np.finfo(spec.dtype if spec.dtype.startswith("float") else np.float32).max
     valid = (store.image_valid if spec.side == "image" else store.text_valid)[start:stop]
-    stored = gather_views(store, name, np.arange(start, stop)).reshape(-1, spec.shape[-1])
+    stored = gather_views(store, name, np.arange(start, stop), decoded=True).reshape(-1, width)
     held = _held(store, name, start, stop, valid)
     place = np.flatnonzero(held)
     values = stored[place].astype(np.float64)
     num_nan, num_inf = int(np.isnan(values).sum()), int(np.isinf(values).sum())
-    num_limit = int((np.abs(values) >= float(np.finfo(spec.dtype).max)).sum()) - num_inf
+    num_limit = int((np.abs(values) >= float(limit)).sum()) - num_inf
     if num_nan or num_inf:
         finite = np.isfinite(values).all(axis=1)
         values, place = values[finite], place[finite]
-    sampled = place[(place + start * math.prod(spec.shape[1:-1])) % stride == 0] if stride else place[:0]
+    sampled = place[(place + start * _vectors_per_row(store, name)) % stride == 0] if stride else place[:0]
     counts = (int(valid.sum()), num_nan, num_inf, num_limit, len(values))
     if not len(values):
-        return Moments(*counts, np.inf, 0.0, -np.inf, np.zeros(spec.shape[-1]), np.zeros(spec.shape[-1]), stored[sampled])
+        return Moments(*counts, np.inf, 0.0, -np.inf, np.zeros(width), np.zeros(width), stored[sampled])
     norms, mean_W = np.sqrt(np.einsum("nw,nw->n", values, values)), values.mean(axis=0)
     values -= mean_W
     squares_W = np.einsum("nw,nw->w", values, values)
@@ -177,7 +183,7 @@ def _block_moments(store: Store, name: str, stride: int, start: int, stop: int) 
 
 def _held(store: Store, name: str, start: int, stop: int, valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Which vectors of rows `start:stop`, in their order, belong to valid rows and are not padding of a text."""
-    per_row = math.prod(store.arrays[name].shape[1:-1])
+    per_row = _vectors_per_row(store, name)
     held = np.repeat(valid, per_row)
     if name == "text/tokens" and "text/length" in store.arrays:
         lengths = store.gather("text/length", np.arange(start, stop))

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from kdstore.errors import CannotWrite, DamagedStore, IdentityMismatch, IncompleteStore, KdstoreError, StoreError, StoreNotFound
-from kdstore.jsonfile import canonical_json, digest_of, disk_errors, flat_fields, fsync_folder, make_folders, read_json, write_bytes, write_json
+from kdstore.jsonfile import canonical_json, differing_fields, digest_of, disk_errors, fsync_folder, make_folders, read_json, write_bytes, write_json
 from kdstore.progress import OnProgress, silent
 from kdstore.store.attempt import ATTEMPTS, Attempt, open_attempt, staged_path
 from kdstore.store.codecfile import npy_bytes
@@ -34,8 +34,8 @@ from kdstore.store.plan import SIDES, Plan, Unit
 UNITS = "units"
 PARTS = "parts"
 BUILD_JSON = "build.json"
+GROUP = "zarr.json"
 PLAN = "plan.parquet"
-_ABSENT = "nothing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +97,7 @@ class StoreWriter:
             "arrays": {name: spec.to_metadata() for name, spec in specs.items()},
         }
         asked = json.loads(canonical_json(said))  # sorted: the manifest's bytes must not depend on the order of a caller's dict
+        _refuse_inside_another(path)
         with disk_errors(path):
             created, lock = not path.exists(), None
             if not created and not (path / BUILD).is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
@@ -283,12 +284,14 @@ def _sync_folders(root: Path, names: Iterable[str]) -> None:
 def _refuse_differences(path: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise IdentityMismatch with the fields that differ between what is asked for and what `path` holds."""
     parts = ("format", "identity", "plan", "arrays")
-    there, here = flat_fields({part: found.get(part) for part in parts}), flat_fields({part: asked[part] for part in parts})
-    fields = sorted(field for field in there.keys() | here.keys() if there.get(field, _ABSENT) != here.get(field, _ABSENT))
-    if fields:
-        said = "; ".join(f"{field}: there {there.get(field, _ABSENT)}, asked {here.get(field, _ABSENT)}" for field in fields[:8])
-        more = f"; and {len(fields) - 8} more" if len(fields) > 8 else ""
-        raise IdentityMismatch(f"{path} holds other features ({said}{more}).", "Choose another path with --out, or remove that folder.")
+    if differs := differing_fields({part: found.get(part) for part in parts}, {part: asked[part] for part in parts}, ("there", "asked")):
+        raise IdentityMismatch(f"{path} holds other features ({differs}).", "Choose another path with --out, or remove that folder.")
+
+
+def _refuse_inside_another(path: Path) -> None:
+    for folder in path.absolute().parents:
+        if (folder / BUILD / BUILD_JSON).is_file() or ((folder / MANIFEST).is_file() and (folder / GROUP).is_file()):
+            raise StoreError(f"{path} lies in the store {folder}.", "Choose a folder beside it.")
 
 
 def _sweep(path: Path) -> None:

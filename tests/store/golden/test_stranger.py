@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from kdstore.store import open_store
 
-GOLDEN = Path(__file__).parent / "format-1"
+FOLDER = Path(__file__).parent
 
 
 def crc32c(content: bytes) -> int:
@@ -76,8 +77,9 @@ class Stranger:
         return [value for path in paths for value in pq.read_table(pa.BufferReader(self.file(path)))[name].to_pylist()]
 
 
-def test_a_stranger_reads_the_golden_store_equal() -> None:
-    stranger, store = Stranger(GOLDEN), open_store(GOLDEN)
+@pytest.mark.parametrize("golden", ["format-1", "format-1-codes"])
+def test_a_stranger_reads_the_golden_stores_equal(golden: str) -> None:
+    stranger, store = Stranger(FOLDER / golden), open_store(FOLDER / golden)
     assert stranger.manifest["arrays"].keys() == store.arrays.keys()
     for name, spec in store.arrays.items():
         found = stranger.array(name)
