@@ -93,6 +93,7 @@ def extract(
     part: Annotated[str | None, typer.Option(metavar="I/N", help="For job arrays: only the I-th of N parts; then 'kdstore store finalise'.")] = None,
     unit_rows: Annotated[int | None, typer.Option(help="Rows that are written, and resumed, at once.")] = None,
     device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell rows, bytes, files and hours from a short calibration, and write nothing.")] = False,
     recipe: Recipe = None,
     settings: Settings = None,
     as_json: Json = False,
@@ -107,10 +108,10 @@ def extract(
     config = config_of(ExtractConfig, "extract", recipe, settings, options | cluster | rows | forward)
     if config.data is None and config.parent is None:
         say("notice: no --data, so the built-in scenes are used.")
-    from kdstore.extract import run
+    from kdstore.extract import estimate, run
 
     with bars() as on_progress:
-        result = run.extract(config, on_progress=on_progress)
+        result = estimate.estimate(config, on_progress=on_progress) if dry_run else run.extract(config, on_progress=on_progress)
     show(result, as_json)
 
 

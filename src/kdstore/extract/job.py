@@ -56,12 +56,18 @@ def store_path(config: ExtractConfig) -> Path:
 
 
 def prepare(
-    config: ExtractConfig, say: Callable[[str], None], on_progress: OnProgress = silent, *, source: Source | None = None, begun: Begun | None = None
+    config: ExtractConfig,
+    say: Callable[[str], None],
+    on_progress: OnProgress = silent,
+    *,
+    source: Source | None = None,
+    begun: Begun | None = None,
+    fit: bool = True,
 ) -> Job:
     """Open source and teacher, freeze the plan and fit the codecs, or take those that a run has left; `say` is told what a user should know.
 
-    `begun` is what the store's build folder says, for those who join a run: the plan is taken from it and its identity must be what is worked out here. Raises
-    ModelError, SourceError, JoinError, ConfigError, IdentityMismatch, DiskFull.
+    `begun` is what the store's build folder says, for those who join a run: the plan is taken from it and its identity must be what is worked out here. Without
+    `fit` no codec is fitted and no space asked for: good for a look only. Raises ModelError, SourceError, JoinError, ConfigError, IdentityMismatch, DiskFull.
     """
     parent = open_store(config.parent) if config.parent else None
     source = source or open_source(config.data or (parent.recorded_source if parent else "scenes"), on_progress=on_progress)
@@ -90,9 +96,10 @@ def prepare(
         raise SourceError(f"{source.spec} has no caption.", "Name the caption column, or give other data.")
     on_progress("plan", len(source), len(source), source.spec)
     arrays, out = tuple(planned_arrays(config, model, plan)), store_path(config)
-    _check_space(out, plan, arrays)
+    if fit:
+        _check_space(out, plan, arrays)
     fitting, chains, shapes = Fitting(say), chains_of(config), feature_shapes(config, model)
-    codecs = kept_codecs(out, chains, shapes)
+    codecs = kept_codecs(out, chains, shapes) if fit else {}
     if codecs is None:
         bare = Extractor(config, source, plan, model, arrays, {}, fitting)
         batches = sampled(config, plan, model, fitting, lambda row: bare.decode(row)[0], on_progress)
@@ -106,11 +113,19 @@ def prepare(
     return Job(config, out, source, plan, arrays, codecs, identity, Extractor(config, source, plan, model, arrays, codecs, fitting))
 
 
+def needed_bytes(plan: Plan, arrays: Sequence[ArraySpec]) -> int:
+    """Return the bytes of all arrays, without indices and metadata."""
+    return sum(spec.row_bytes * spec.views * plan.rows(spec.side) for spec in arrays)
+
+
+def present_folder(path: Path) -> Path:
+    """Return the nearest folder above a path that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def _check_space(out: Path, plan: Plan, arrays: Sequence[ArraySpec]) -> None:
     """Refuse before the first byte what cannot fit."""
-    needed = sum(spec.row_bytes * plan.rows(spec.side) for spec in arrays)
-    present = next(p for p in (out, *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(present).free
+    needed, free = needed_bytes(plan, arrays), shutil.disk_usage(present_folder(out)).free
     have = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
     if needed - have > free:
         raise DiskFull(
