@@ -26,7 +26,7 @@ from kdstore.distill.losses import LOSSES, needs_of, parse_loss
 from kdstore.distill.optimiser import learning_rate, make_optimiser
 from kdstore.distill.runfolder import Log
 from kdstore.distill.train import DistillResult, distill
-from kdstore.errors import ConfigError, DiskFull, Interrupted, KdstoreError, MissingFeature, RunError, UnknownName
+from kdstore.errors import ConfigError, DiskFull, Interrupted, KdstoreError, MissingFeature, RunError, SourceError, UnknownName
 from kdstore.jsonfile import read_json
 from kdstore.models.load import load_model
 from kdstore.store import open_store
@@ -111,7 +111,7 @@ def test_a_store_that_does_not_say_its_source_asks_for_it(config: DistillConfig,
     shutil.copytree(store, tmp_path / "bare")
     (tmp_path / "bare" / "run.json").unlink()
     bare = dataclasses.replace(config, cache=str(tmp_path / "bare"), samples=8)
-    with pytest.raises(ConfigError, match="Give --data"):
+    with pytest.raises(SourceError, match="Give --data"):
         distill(bare)
     assert distill(dataclasses.replace(bare, data=source.spec)).steps == 1
 

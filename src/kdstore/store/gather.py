@@ -319,7 +319,10 @@ def _in_pieces(work: Callable[[int, int], T], bounds: list[int], threads: int) -
     pieces = iter(list(itertools.pairwise(bounds)))  # one iterator for all threads: a piece goes to who asks first
 
     def take() -> list[T]:
-        return [work(start, stop) for start, stop in pieces]
+        try:
+            return [work(start, stop) for start, stop in pieces]
+        finally:
+            deque(pieces, maxlen=0)  # after an exception nobody begins another
 
     others: list[Future[list[T]]] = []
     try:
@@ -327,7 +330,6 @@ def _in_pieces(work: Callable[[int, int], T], bounds: list[int], threads: int) -
             others.extend(_helper(cpu).submit(take) for cpu in (_other_cpus()[: threads - 1] if threads > 1 else ()))
         results = take()
     finally:
-        deque(pieces, maxlen=0)  # after an exception nobody begins another
         started = [future for future in others if not future.cancel()]
         wait(started)  # nobody may write into `out` after this function has ended
     return [*results, *(result for future in started for result in future.result())]

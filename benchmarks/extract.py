@@ -1,0 +1,120 @@
+"""What extraction costs beyond the teacher's forward pass: `extract` beside the same model on tensors that lie in memory, in one run.
+
+Images are pictures in memory, so that reading is no limit but preprocessing is paid; each has one caption of its own. The forward pass gets the same images
+preprocessed, the same captions tokenised, in the same batches, and its results come back to the host. Both ways take turns; a ratio is the median over the
+repeats of forward seconds over extract seconds: 1 is no overhead. Loading of the teacher and planning are left out of both.
+
+    python benchmarks/extract.py [--teacher ViT-B-32] [--images 128] [--batch 32] [--tokens none|image] [--reduce int8] [--device cpu] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kdstore.data.source import Caption, LoadedImage
+from kdstore.extract.config import ExtractConfig
+from kdstore.extract.job import prepare
+from kdstore.extract.rates import rates_of
+from kdstore.extract.units import Tally
+from kdstore.models.encode import encode_image, encode_image_tokens, encode_text
+
+
+class Pictures:
+    """Noise of 256 x 256 pixels, the same few pictures again and again."""
+
+    spec, notices = "pictures", ()
+
+    def __init__(self, count: int) -> None:
+        rng = np.random.default_rng(0)
+        self._pictures = [Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)) for _ in range(8)]
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def key(self, i: int) -> str:
+        return str(i)
+
+    def captions(self, i: int) -> tuple[Caption, ...]:
+        return (Caption(f"picture number {i} of noise"),)
+
+    def image(self, i: int) -> LoadedImage:
+        return LoadedImage(self._pictures[i % len(self._pictures)], f"{i:064x}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="ViT-B-32", help="an architecture; its weights are random")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--tokens", default="none", choices=("none", "image"))
+    parser.add_argument("--reduce", help="codec of tokens")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--threads", type=int, default=2, help="that decode")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    source, ratios, taken = Pictures(args.images), [], {"extract": [], "forward": []}
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {name: getattr(args, name) for name in ("teacher", "batch", "tokens", "reduce", "device", "precision", "threads")}
+        config = ExtractConfig(**settings, untrained_seed=0, unit_rows=1 << 20, codec_sample=64, out=str(Path(folder) / "store"))
+        job = prepare(config, lambda notice: None, source=source)
+        model, done = job.extractor.model, {"image": Tally(), "text": Tally()}
+        pixels = [torch.stack([job.extractor.decode(i)[0] for i in range(s, min(s + args.batch, args.images))]) for s in range(0, args.images, args.batch)]
+        texts = [source.captions(i)[0].text for i in range(args.images)]
+
+        def forward() -> None:
+            for part in pixels:
+                found = encode_image_tokens(model, part) if args.tokens == "image" else (encode_image(model, part),)
+                for features in found:
+                    features.cpu()
+            for start in range(0, len(texts), 4 * args.batch):
+                encode_text(model, texts[start : start + 4 * args.batch]).cpu()
+
+        def extract() -> None:
+            with job.open_writer() as writer:
+                for unit in writer.pending():
+                    with writer.attempt(unit) as attempt:
+                        done[unit.side] += job.extractor.write(attempt, unit, lambda tally: None)
+
+        forward()
+        for repeat in range(args.repeats):
+            for way in (forward, extract) if repeat % 2 else (extract, forward):
+                started = time.perf_counter()
+                way()
+                taken[way.__name__].append(time.perf_counter() - started)
+            ratios.append(taken["forward"][-1] / taken["extract"][-1])
+            for unit in (job.out / "_build" / "units").glob("*.json"):
+                unit.unlink()  # the next repeat writes it again
+        rates = rates_of(config, model, done["image"], done["text"], sum(taken["extract"]))
+        job.extractor.close()
+    found = {
+        **settings,
+        "device": str(model.device),
+        "cores": len(os.sched_getaffinity(0)),
+        "images": args.images,
+        "of_forward": statistics.median(ratios),
+        "seconds": {name: statistics.median(values) for name, values in taken.items()},
+        "images_per_second": args.images / statistics.median(taken["extract"]),
+        "reading": rates.reading,
+        "model": rates.model,
+        "writing": rates.writing,
+        "share_of_peak": rates.share_of_peak,
+    }
+    print(json.dumps(found) if args.json else "\n".join(f"{name:>20}  {value}" for name, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()
