@@ -77,7 +77,7 @@ class Augmentation:
                 raise ConfigError(f"expected the method {METHOD}, found {identity.get('method')}.")
             return cls(**said)
         except (ConfigError, TypeError) as e:
-            raise StoreError(f"The store's views cannot be drawn again: {e}", "Use a newer kdstore, or its plain views alone.") from e
+            raise StoreError(f"The store's views cannot be drawn again: {e}", "Distil from the plain ones: --set views=plain.") from e
 
     def parameters(self, key: str, view: int, width: int, height: int) -> Float32:
         """Return the numbers [P] of a view of the image `key` of so many pixels; those of view 0 stand for the plain one."""
@@ -125,7 +125,7 @@ def _refuse_other_than_a_view(view_P: Float32) -> None:
     numbers, magnitudes = view_P[OPERATIONS::2], view_P[OPERATIONS + 1 :: 2]
     known = np.isin(numbers, np.arange(len(KINDS))).all() and bool((np.abs(magnitudes) <= 360).all())
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 and view_P[FLIP] in (0, 1) and known):
-        raise StoreError(f"The numbers {view_P.tolist()} describe no view.", "Use the store's plain views alone.")
+        raise StoreError(f"The numbers {view_P.tolist()} describe no view.", "Distil from the plain ones: --set views=plain.")
 
 
 def _affine(picture: Image.Image, a: float, b: float, c: float, d: float) -> Image.Image:

@@ -37,4 +37,7 @@ def stored_views(store: Store) -> StoredViews | None:
     augmentation = Augmentation.of(said if isinstance(said, dict) else {})
     if spec.row_shape != (augmentation.size,) or spec.dtype != "float32":
         raise StoreError(f"{store.path}: image/view holds {spec.row_shape} {spec.dtype}, expected {augmentation.size} float32 numbers per view.")
+    embedding = store.arrays.get("image/embedding")
+    if embedding is not None and embedding.views != spec.views:
+        raise StoreError(f"{store.path} describes {spec.views} views and has embeddings of {embedding.views}.")
     return StoredViews(store, spec.views, augmentation)
