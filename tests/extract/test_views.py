@@ -13,7 +13,7 @@ from kdstore.extract.run import extract
 from kdstore.extract.views import augmentation_of
 from kdstore.models.encode import encode_image
 from kdstore.models.load import load_model
-from kdstore.store import Encoding, StoreWriter, concat_stores, open_store, recode_store, store_stats, stored_views, subset_store, verify_store
+from kdstore.store import Encoding, StoreWriter, concat_stores, finalise_store, open_store, recode_store, store_stats, stored_views, subset_store, verify_store
 from kdstore.store.derive import Part, plan_of
 from kdstore.store.layout import ArraySpec
 
@@ -77,6 +77,12 @@ def test_the_plain_view_and_tokens_are_those_of_a_store_without_views_which_says
     assert (with_views.gather("image/view", rows) == np.array([0, 0, 1, 1, 0, 0, 0, 0, 0])).all()
 
 
+def test_parts_make_the_store_of_one_run(made, tmp_path):
+    for part in ("2/2", "1/2"):
+        extract(config(tmp_path / "s", tokens="image", part=part))
+    assert finalise_store(tmp_path / "s") == made[1]
+
+
 def test_a_stopped_run_goes_on_with_the_same_views_and_other_views_are_another_store(made, tmp_path):
     def stop(stage, done, total, note):
         if stage == "images" and done > 17:
@@ -95,7 +101,7 @@ def test_an_undecodable_image_has_no_features_in_any_view_and_codes_of_views_dec
         Scenes("val", 12).image(k).image.resize((90 + k, 70)).save(tmp_path / f"{k}.png")
     (tmp_path / "2.png").write_text("no image")
     (tmp_path / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{k}.png,number {k}\n" for k in range(12)))
-    extract(config(tmp_path / "s", data=str(tmp_path), encode="int8"))
+    extract(config(tmp_path / "s", data=str(tmp_path), encode="int8", batch=2))
     store = open_store(tmp_path / "s")
     views, codec, good = stored_views(store), store.codec("image/embedding"), [k for k in range(12) if k != 2]
     assert np.isnan(all_of(store, "image/view")[2]).all()
