@@ -1,7 +1,7 @@
 """Augmented views of an image: explicit numbers, sampled once, from which anybody draws the same picture again.
 
 A view is a crop, a flip and a few operations of RandAugment (Cubuk et al. 2020), all relative to the image; docs/format.md says what each number means.
-They are taken from a hash of (seed, key, view), so no batch, worker, order or generator of random numbers has a part in them.
+They follow from the size of the image and a hash of (seed, key, view), so no batch, worker, order or generator of random numbers has a part in them.
 
 Operations come after a resize to one side that belongs to the views (by default the teacher's), not to the model that looks. What they give goes through a
 model's own preprocessing like an image from a file, so teacher and student see one picture at whatever resolution. Applied at each model's own
