@@ -8,6 +8,7 @@ from PIL import Image
 from kdstore.data.scenes import Scenes
 from kdstore.errors import ConfigError, IdentityMismatch
 from kdstore.extract.config import ExtractConfig
+from kdstore.extract.estimate import estimate
 from kdstore.extract.recompute import recompute
 from kdstore.extract.run import extract
 from kdstore.extract.views import augmentation_of
@@ -75,6 +76,14 @@ def test_the_plain_view_and_tokens_are_those_of_a_store_without_views_which_says
     for name in ("image/embedding", "image/tokens"):
         assert cosine(with_views.gather(name, rows), without.gather(name, rows)).min() >= 0.9999
     assert (with_views.gather("image/view", rows) == np.array([0, 0, 1, 1, 0, 0, 0, 0, 0])).all()
+
+
+def test_an_estimate_counts_all_views(made, tmp_path):
+    said = estimate(config(tmp_path / "s", tokens="image"))
+    store = open_store(made[0])
+    assert said.arrays["image/view"] == f"[{IMAGES}, 3, 9] float32"
+    assert said.bytes == sum(spec.row_bytes * spec.views * spec.shape[0] for name, spec in store.arrays.items() if not name.endswith("/valid"))
+    assert said.images_encoded > 0
 
 
 def test_parts_make_the_store_of_one_run(made, tmp_path):
