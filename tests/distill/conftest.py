@@ -64,7 +64,8 @@ class LiveTeacher:
         self.logit_scale = self.model.logit_scale
         self.texts = [caption.text for i in range(len(self.source)) for caption in self.source.captions(i)]
 
-    def image_embeddings(self, rows: np.ndarray) -> np.ndarray:
+    def image_embeddings(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        assert not views.any()
         images = torch.stack([self.model.preprocess(self.source.image(int(row)).image) for row in rows])
         return encode_image(self.model, images).numpy().astype(self.dtype)
 
@@ -97,7 +98,7 @@ def live_teacher(teacher: Model, source: Scenes) -> Callable[..., LiveTeacher]:
 @pytest.fixture(scope="session")
 def features(source: Scenes, live_teacher: Callable[..., LiveTeacher]) -> Features:
     live = live_teacher()
-    return Features(live.image_embeddings(np.arange(len(source))), live.text_embeddings(np.arange(len(live.texts))))
+    return Features(live.image_embeddings(np.arange(len(source)), np.zeros(len(source))), live.text_embeddings(np.arange(len(live.texts))))
 
 
 @pytest.fixture(scope="session")

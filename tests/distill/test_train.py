@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(config: Disti
     class Breaking:
         dim, logit_scale, batches = 64, 14.0, 0
 
-        def image_embeddings(self, rows: np.ndarray) -> np.ndarray:
+        def image_embeddings(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
             self.batches += 1
             return np.full((len(rows), 64), np.nan if self.batches == 4 else 1.0, np.float32)
 

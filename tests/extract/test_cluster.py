@@ -101,7 +101,7 @@ def test_a_unit_that_fails_three_times_is_named_and_the_rest_is_kept(tmp_path):
     (tmp_path / "rows.csv").write_text("path,caption\n" + "".join(f"{k}.png,number {k}\n" for k in range(40)))
     (tmp_path / "broken.py").write_text(  # what a worker loads first: a decoder that fails on one image, as by a bug in a library
         "from kdstore.extract import units\n"
-        "def decode(self, row, real=units.Extractor.decode):\n    if row == 20: raise RuntimeError('broken')\n    return real(self, row)\n"
+        "def decode(self, row, real=units.Extractor.decode, **views):\n    if row == 20: raise RuntimeError('broken')\n    return real(self, row, **views)\n"
         "units.Extractor.decode = decode\n"
     )
     command = ("extract", *SETTINGS, "--data", "rows.csv", "--workers", "1", "--out", "s")

@@ -85,6 +85,7 @@ def extract(
     token_layer: Annotated[str | None, typer.Option(help="last, last-before-norm, or the number of a block (-1 the last).")] = None,
     reduce: Annotated[str | None, typer.Option(metavar="CODEC", help="Codec of tokens, such as pool7+pq64; see 'kdstore list codecs'.")] = None,
     encode: Annotated[str | None, typer.Option(metavar="CODEC", help="Codec of embeddings, such as int8 or pca256+int8.")] = None,
+    views: Annotated[int | None, typer.Option(metavar="K", help="Augmented views of each image to embed beside the plain one (docs/views.md).")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     compile: Annotated[bool | None, typer.Option("--compile", help="Compile the towers with torch.compile.")] = None,
     channels_last: Annotated[bool | None, typer.Option("--channels-last", help="Lay images out channels last, as convolutions on GPUs like it.")] = None,
@@ -103,7 +104,7 @@ def extract(
 
     options = {"teacher": teacher, "pretrained": pretrained, "data": data, "out": out, "tokens": tokens, "unit_rows": unit_rows, "device": device}
     cluster = {"workers": workers, "scheduler": scheduler, "part": part}
-    rows = {"parent": parent, "keys": keys}
+    rows = {"parent": parent, "keys": keys, "views": views}
     forward = {"token_layer": token_layer, "precision": precision, "compile": compile, "channels_last": channels_last, "reduce": reduce, "encode": encode}
     config = config_of(ExtractConfig, "extract", recipe, settings, options | cluster | rows | forward)
     if config.data is None and config.parent is None:

@@ -1,7 +1,8 @@
 """The plan of batches and the making of one.
 
 What a step trains on is a pure function of (seed, step): the store's order of the pairs per epoch, and one caption per (seed, epoch, pair), drawn by the same
-hash. So batches depend neither on the number of threads nor on the version of NumPy, and a run resumes at any step. The short last batch of an
+hash. Of a store with augmented views an image shows one view per epoch, all of them in turn from one that the hash says, and the target is asked for by the
+same number. So batches depend neither on the number of threads nor on the version of NumPy, and a run resumes at any step. The short last batch of an
 epoch is dropped, because contrastive terms would change their meaning in it.
 """
 
@@ -21,7 +22,8 @@ from kdstore.distill.pairs import Pairs, Rows
 from kdstore.distill.targets import Targets
 from kdstore.distill.views import Kept, Pixels
 from kdstore.errors import ConfigError, JoinError, SourceError
-from kdstore.store.order import CAPTION, Order, draw
+from kdstore.store import StoredViews
+from kdstore.store.order import CAPTION, VIEW, Order, draw
 
 
 @dataclass(frozen=True)
@@ -89,18 +91,19 @@ class Maker:
     keep: Callable[..., Pixels]
     tokenizer: Callable[[list[str]], Tensor]
     kept: Kept
+    stored: StoredViews | None = None  # the views to show; None: the plain one alone
     pin: bool = False
     one_tokenizer: threading.Lock = field(default_factory=threading.Lock)  # tokenizers of transformers are not thread-safe
 
     def __call__(self, step: int) -> Batch:
         pairs_B = self.plan.batch(step)
-        text_rows_B = self.text_rows(step)
+        text_rows_B, views_B = self.text_rows(step), self.views(step)
         caption_ids_B = self.pairs.caption_ids[text_rows_B]
         batch = Batch(
-            torch.from_numpy(self.kept.get("view", pairs_B.tolist(), self._views)),
+            torch.from_numpy(self.kept.get("view", (pairs_B * self._num_views + views_B).tolist(), self._pixels)),
             torch.from_numpy(self.kept.get("tokens", caption_ids_B.tolist(), self._tokens)).long(),
             torch.from_numpy(caption_ids_B),
-            None if self.targets is None else torch.from_numpy(self.targets.image_embeddings(self.pairs.target_rows[pairs_B])),
+            None if self.targets is None else torch.from_numpy(self.targets.image_embeddings(self.pairs.target_rows[pairs_B], views_B)),
             None if self.targets is None else torch.from_numpy(self.targets.text_embeddings(text_rows_B)),
         )
         return batch.pinned() if self.pin else batch
@@ -112,10 +115,20 @@ class Maker:
         choice = draw(self.plan.seed, self.plan.epoch(step), CAPTION, pairs_B) % (stop - start).astype(np.uint64)
         return self.pairs.text_rows[start + choice.astype(np.int64)]
 
-    def _views(self, pairs: list[int]) -> list[Pixels]:
-        return [self._view(pair) for pair in pairs]
+    def views(self, step: int) -> Rows:
+        """Return the view [B] in which each pair of a step is shown."""
+        count = np.uint64(self._num_views)
+        first_B = draw(self.plan.seed, VIEW, self.plan.batch(step)) % count
+        return ((first_B + np.uint64(self.plan.epoch(step))) % count).astype(np.int64)
 
-    def _view(self, pair: int) -> Pixels:
+    @property
+    def _num_views(self) -> int:
+        return 1 if self.stored is None else self.stored.count
+
+    def _pixels(self, shown: list[int]) -> list[Pixels]:
+        return [self._view(*divmod(number, self._num_views)) for number in shown]
+
+    def _view(self, pair: int, view: int) -> Pixels:
         row, target = int(self.pairs.source_rows[pair]), int(self.pairs.target_rows[pair])
         try:
             loaded = self.source.image(row)
@@ -128,7 +141,7 @@ class Maker:
                 f"Image {self.source.key(row)} is not the one the store was extracted from: expected sha256 {expected[:12]}, found {loaded.sha256[:12]}.",
                 'Give the original data, or accept targets of other images with --set changed_images="allow".',
             )
-        return self.keep(loaded.image)
+        return self.keep(loaded.image if self.stored is None else self.stored.picture(loaded.image, target, view))
 
     def _tokens(self, caption_ids: list[int]) -> list[npt.NDArray[np.int32]]:
         with self.one_tokenizer:

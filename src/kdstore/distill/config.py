@@ -30,6 +30,7 @@ class DistillConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
     seed: int = 0
     projector: str = "auto"  # auto: where the widths differ; always: for comparisons across teachers
+    views: str = "auto"  # stored: the augmented ones too, drawn again (docs/views.md); plain; auto: what the store has
     changed_images: str = "refuse"  # allow: train on images whose bytes are not those that the teacher saw
     precision: str = "auto"  # fp32 on the CPU, mixed bf16 or fp16 on a GPU
     device: str = "auto"
@@ -61,6 +62,7 @@ class DistillConfig:
 
 CHOICES = {
     "projector": ("auto", "always"),
+    "views": ("auto", "stored", "plain"),
     "changed_images": ("refuse", "allow"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }

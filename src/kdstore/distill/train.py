@@ -28,7 +28,7 @@ from kdstore.distill.objective import Objective
 from kdstore.distill.optimiser import choose_precision
 from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_store
 from kdstore.distill.runfolder import RUN, begin_run, export_student, load_checkpoint, run_state
-from kdstore.distill.targets import StoreTargets, Targets
+from kdstore.distill.targets import StoreTargets, Targets, views_to_show
 from kdstore.distill.views import Kept, split_preprocess
 from kdstore.errors import ConfigError, RunError
 from kdstore.jsonfile import digest_of, read_json, write_json
@@ -70,7 +70,8 @@ def distill(config: DistillConfig, *, source: Source | None = None, targets: Tar
         targets = StoreTargets(store, needs)
     source = source or _open_source(config, store)
     device = pick_device(config.device)
-    settings = _settings(config, store, source, targets, choose_precision(config.precision, device))
+    stored = views_to_show(config.views, store, needs)
+    settings = _settings(config, store, source, targets, choose_precision(config.precision, device), "plain" if stored is None else "stored")
     state = run_state(config.run_path, settings, resume=config.resume)
     if state == "finished":
         return _finished(config.run_path, on_progress)
@@ -90,7 +91,7 @@ def distill(config: DistillConfig, *, source: Source | None = None, targets: Tar
         else:
             begin_run(config.run_path, settings)
         kept = Kept(int(config.memory_gib * 2**30))
-        make = Maker(plan, pairs, source, targets if needs else None, keep, model.tokenizer, kept, pin=device.type == "cuda")
+        make = Maker(plan, pairs, source, targets if needs else None, keep, model.tokenizer, kept, stored, pin=device.type == "cuda")
         train(training, make, config.run_path, digest_of(settings), on_progress)
     export_student(config.run_path, model.clip.eval(), model.config)
     result = _result(config.run_path, pairs, training)
@@ -106,12 +107,12 @@ def _open_source(config: DistillConfig, store: Store | None) -> Source:
     return open_source(store.recorded_source)
 
 
-def _settings(config: DistillConfig, store: Store | None, source: Source, targets: Targets | None, precision: str) -> dict[str, Any]:
+def _settings(config: DistillConfig, store: Store | None, source: Source, targets: Targets | None, precision: str, views: str) -> dict[str, Any]:
     """All that decides the result of a run, so that a run folder is continued by the same run only."""
     chosen = {name: value for name, value in as_dict(config).items() if name not in MACHINE}
     features = store.digest if store is not None else None if targets is None else type(targets).__name__
     fingerprint = fingerprint_of((source.key(i), source.captions(i)) for i in range(len(source)))
-    return {**chosen, "precision": precision, "store": features, "source": fingerprint, "source_pairs": len(source)}
+    return {**chosen, "precision": precision, "views": views, "store": features, "source": fingerprint, "source_pairs": len(source)}
 
 
 def _finished(path: Path, on_progress: OnProgress) -> DistillResult:

@@ -1,8 +1,8 @@
-"""What the student sees: the plain view of each image and the tokens of each caption, prepared once and kept in memory within a budget.
+"""What the student sees: views of each image and the tokens of each caption, prepared once and kept in memory within a budget.
 
 A view is kept as the uint8 pixels after resize and crop, a quarter of the float tensor; conversion and normalisation happen on the whole batch, on the
-student's device, with the bits that the student's own preprocessing gives. Only the plain, deterministic view exists: a random augmentation would be
-another view than the one the teacher's target belongs to.
+student's device, with the bits that the student's own preprocessing gives. There are no views but the plain one and those that the store holds a target
+of, drawn again from its numbers: a random augmentation would be another view than the one the target belongs to.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from typing import Any
 from kdstore.data.images import DECODING
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.fit import chains_of
+from kdstore.extract.views import augmentation_of
 from kdstore.models.encode import image_token_form, text_token_form
 from kdstore.models.load import Model
-from kdstore.store import ArraySpec, Codec, Plan, codec_identity, embedding_array, scalar_array, token_array
+from kdstore.store import ArraySpec, Codec, Plan, codec_identity, embedding_array, scalar_array, token_array, view_array
 from kdstore.store.plan import Side
 
 
@@ -32,7 +33,10 @@ def planned_arrays(config: ExtractConfig, model: Model, plan: Plan) -> list[Arra
     for name, shape in feature_shapes(config, model).items():
         side: Side = "image" if name.startswith("image/") else "text"
         describe = embedding_array if name.endswith("/embedding") else token_array
-        arrays.append(describe(plan, side, *chains[name].shapes(shape)[-1], dtype=chains[name].dtype, zstd=config.zstd))
+        views = 1 + config.views if name == "image/embedding" else 1
+        arrays.append(describe(plan, side, *chains[name].shapes(shape)[-1], dtype=chains[name].dtype, views=views, zstd=config.zstd))
+    if (augmentation := augmentation_of(config, model)) is not None:
+        arrays.append(view_array(plan, 1 + config.views, augmentation.size))
     return [*arrays, scalar_array(plan, "text/length", "int64")] if config.tokens in ("text", "both") else arrays
 
 
@@ -45,6 +49,9 @@ def store_identity(config: ExtractConfig, model: Model, plan: Plan, codecs: Mapp
     for side, form_of in (("image", image_token_form), ("text", text_token_form)):
         if config.tokens in (side, "both"):
             arrays[f"{side}/tokens"] = {**encoding, **form_of(model, config.token_layer).encoding}
+    if (augmentation := augmentation_of(config, model)) is not None:
+        arrays["image/embedding"]["views"] = ["plain", *["augmented"] * config.views]
+        arrays["image/view"] = augmentation.identity
     for name, codec in codecs.items():
         arrays[name]["codec"] = codec_identity(codec)
     return {**model.identity, "decoding": DECODING, "source": {"fingerprint": plan.fingerprint}, "arrays": arrays}

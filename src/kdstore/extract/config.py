@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from kdstore.errors import ConfigError, UnknownName
 
 TOKENS = ("none", "image", "text", "both")
 DTYPES = ("float16", "float32")
+CHUNK_ROWS, MOST_CHUNKS = 16, 2**20  # rows of embeddings in a chunk, chunks in a shard (docs/format.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,14 @@ class ExtractConfig:
     encode: str | None = None  # value codec of embeddings, such as int8 or pca256+int8; default: dtype
     reduce: str | None = None  # value codec of tokens, such as pool7+pq64; default: dtype
     codec_sample: int = 4096  # images and texts that codecs are fitted and measured on
+    views: int = 0  # augmented views of each image beside the plain one (docs/views.md); tokens are of the plain one
+    view_scale: tuple[float, ...] = (0.08, 1.0)  # share of the image that a crop takes
+    view_ratio: tuple[float, ...] = (3 / 4, 4 / 3)  # its width to its height
+    view_flip: float = 0.0  # probability; captions tell left from right
+    view_operations: int = 2  # of RandAugment
+    view_strength: float = 0.3  # of these, 1 the strongest
+    view_seed: int = 0
+    view_side: int | None = None  # pixels of the picture that operations work on; default: the teacher's
     dtype: str = "float16"
     zstd: bool = False  # compress chunks
     unit_rows: int = 16_384
@@ -65,6 +75,14 @@ class ExtractConfig:
         if self.unit_rows & (self.unit_rows - 1):
             near = 1 << self.unit_rows.bit_length() - 1
             raise ConfigError(f"unit_rows must be a power of two, so that units end with shards; found {self.unit_rows}.", f"Take {near} or {2 * near}.")
+        if not 0 <= self.views < MOST_CHUNKS // max(1, self.unit_rows // CHUNK_ROWS):
+            raise ConfigError(f"A unit of {self.unit_rows} rows cannot hold {self.views} augmented views.", "Take fewer of either.")
+        if self.views and self.parent:
+            raise ConfigError("Augmented views come with embeddings, which a parent has.", "Extract a store with --views and without --parent.")
+        if self.views:
+            from kdstore.data.views import Augmentation  # needs NumPy and Pillow, which few recipes that are only read do
+
+            Augmentation(side=self.view_side or 1, interpolation="bicubic", **self.sampling)
         if self.encode or self.reduce:
             from kdstore.store import parse_chain  # needs NumPy and Zarr, which few recipes that are only read do
 
@@ -79,3 +97,8 @@ class ExtractConfig:
         found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.part or "")
         number, count = (int(text) for text in found.groups()) if found else (0, 0)
         return (number, count) if 1 <= number <= count else None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How augmented views are sampled, whatever the teacher."""
+        return {name: getattr(self, f"view_{name}") for name in ("scale", "ratio", "flip", "operations", "strength", "seed")}

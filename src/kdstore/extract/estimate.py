@@ -84,7 +84,7 @@ def _image_rates(job: Job, on_progress: OnProgress) -> tuple[float, float]:
     """Return images per second of decoding in all threads and of the model, over the first batches; infinite where the images need not be read."""
     if not any(spec.side == "image" for spec in job.arrays):
         return float("inf"), float("inf")
-    batch, decoding, model, images, valid = job.config.batch, 0.0, 0.0, 0, 0
+    batch, decoding, model, images, valid = job.extractor.images_at_once, 0.0, 0.0, 0, 0
     for start in range(0, job.plan.num_images, batch):
         on_progress("calibrate", images, job.plan.num_images, "images")
         decoded, seconds = job.extractor.decode_all(range(start, min(start + batch, job.plan.num_images)))

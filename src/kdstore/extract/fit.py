@@ -86,7 +86,10 @@ def kept_codecs(out: Path, chains: dict[str, Chain], shapes: dict[str, tuple[int
 def sampled(
     config: ExtractConfig, plan: Plan, model: Model, fitting: Fitting, decode: Callable[[int], torch.Tensor | None], on_progress: OnProgress
 ) -> Iterator[Batch]:
-    """Run the teacher over a sample of images and texts, as many of each as `codec_sample` or as there are; undecodable images are left out."""
+    """Run the teacher over a sample of images and texts, as many of each as `codec_sample` or as there are; undecodable images are left out.
+
+    Where `decode` gives several views, tokens are taken of the first and embeddings of the last.
+    """
     images = 0 if config.parent and config.tokens == "text" else plan.num_images
     image_rows, text_rows = (np.sort(np.random.default_rng(SEED).choice(n, min(n, config.codec_sample), replace=False)) for n in (images, plan.num_texts))
     total = len(image_rows) + len(text_rows)
@@ -94,7 +97,9 @@ def sampled(
         for start in range(0, len(image_rows), config.batch):
             pixels = list(pool.map(decode, image_rows[start : start + config.batch].tolist()))
             if any(image is not None for image in pixels):
-                features = image_features(config, model, fitting, torch.stack([image for image in pixels if image is not None]))
+                batch = torch.stack([image for image in pixels if image is not None])
+                features, views = image_features(config, model, fitting, batch), batch.shape[1] if batch.ndim == 5 else 1
+                features["image/embedding"] = features["image/embedding"][views - 1 :: views]
                 yield start + np.flatnonzero([image is not None for image in pixels]), features, None
             on_progress("fit codecs", start + len(pixels), total, "images")
     for start in range(0, len(text_rows), config.batch):
@@ -109,13 +114,23 @@ def sampled(
         on_progress("fit codecs", len(image_rows) + start + len(texts), total, "texts")
 
 
-def image_features(config: ExtractConfig, model: Model, fitting: Fitting, image_BCHW: torch.Tensor) -> dict[str, Float32]:
-    """Return the arrays of features that a run writes of preprocessed images, float32."""
-    if config.tokens in ("image", "both"):
-        found = fitting.run("image", lambda some: encode_image_tokens(model, some, config.token_layer), image_BCHW)
-    else:
-        found = fitting.run("image", lambda some: (encode_image(model, some),), image_BCHW)
-    return {name: features.cpu().numpy() for name, features in zip(("image/embedding", "image/tokens"), found, strict=False)}
+def image_features(config: ExtractConfig, model: Model, fitting: Fitting, pixels: torch.Tensor) -> dict[str, Float32]:
+    """Return the arrays of features that a run writes of preprocessed images [B, C, H, W], float32.
+
+    Of several views [B, V, C, H, W] the embeddings are [B * V, D], and the tokens are those of the first.
+    """
+    image_BVCHW = pixels if pixels.ndim == 5 else pixels[:, None]
+    tokens = config.tokens in ("image", "both")
+    alone = image_BVCHW[:, 1:] if tokens else image_BVCHW  # whose tokens nobody asks for
+    embeddings, found = [], {}
+    if tokens:
+        plain_BD, tokens_BTW = fitting.run("image", lambda some: encode_image_tokens(model, some, config.token_layer), image_BVCHW[:, 0])
+        embeddings.append(plain_BD[:, None])
+        found["image/tokens"] = tokens_BTW.cpu().numpy()
+    if alone.shape[1]:
+        (embedding_BD,) = fitting.run("image", lambda some: (encode_image(model, some),), alone.flatten(0, 1))
+        embeddings.append(embedding_BD.unflatten(0, alone.shape[:2]))
+    return found | {"image/embedding": torch.cat(embeddings, 1).flatten(0, 1).cpu().numpy()}
 
 
 def fit_codecs(chains: dict[str, Chain], shapes: dict[str, tuple[int, ...]], batches: Iterable[Batch], rows: int, logit_scale: float) -> dict[str, Codec]:

@@ -17,6 +17,7 @@ from kdstore.extract.config import ExtractConfig
 from kdstore.extract.fit import chains_of, fit_codecs, kept_codecs, sampled
 from kdstore.extract.parent import RowsOfStore
 from kdstore.extract.units import Extractor
+from kdstore.extract.views import sampled_views
 from kdstore.models.load import load_model
 from kdstore.models.memory import Fitting
 from kdstore.models.names import resolve
@@ -102,7 +103,7 @@ def prepare(
     codecs = kept_codecs(out, chains, shapes) if fit else {}
     if codecs is None:
         bare = Extractor(config, source, plan, model, arrays, {}, fitting)
-        batches = sampled(config, plan, model, fitting, lambda row: bare.decode(row)[0], on_progress)
+        batches = sampled(config, plan, model, fitting, lambda row: bare.decode(row, sampled_views(config, row))[0], on_progress)
         codecs = fit_codecs(chains, shapes, batches, min(config.codec_sample, plan.num_images), model.logit_scale)
         bare.close()
     identity = store_identity(config, model, plan, codecs)

@@ -6,6 +6,7 @@ store that looks right shows here, because nothing is taken from the store but t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import secrets
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from kdstore.data.source import Source, UndecodableImage
 from kdstore.data.sources import open_source
@@ -26,7 +28,7 @@ from kdstore.models.encode import encode_image, encode_image_tokens, encode_text
 from kdstore.models.load import Model, load_model
 from kdstore.models.towers import TokenForm
 from kdstore.progress import OnProgress, silent
-from kdstore.store import Store, open_store
+from kdstore.store import Store, StoredViews, open_store, stored_views
 
 LEAST_COSINE = 0.9999
 BATCH = 32
@@ -35,6 +37,8 @@ TEXT_FEATURES = ("text/embedding", "text/tokens")
 _FILE_NAME = re.compile(r".*@[0-9a-f]{8}")  # how models.load names weights that came from a file
 
 Float64 = npt.NDArray[np.float64]
+Replay = Callable[[Image.Image, int], Image.Image]
+"""From an image and its row to the picture of one of its views."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ def recompute(
     device: str = "auto",
     on_progress: OnProgress = silent,
 ) -> RecomputeReport:
-    """Run the teacher again on random valid images and texts, `rows` of each, and compare with view 0 of what is stored, at the stored precision.
+    """Run the teacher again on random valid images and texts, `rows` of each, and compare with what is stored, at the stored precision.
+
+    Of an image with several views a random one is drawn again for its embedding; tokens are compared in the plain one.
 
     Teacher and source are those that the store names, unless given. Raises what opening a store, a source or a model raises, and JoinError if
     the source does not hold the same images and captions.
@@ -89,14 +95,20 @@ def recompute(
     seed = secrets.randbits(32) if seed is None else seed
     rng = np.random.default_rng(seed)
     images, texts = (_some(valid, rows, rng) for valid in (store.image_valid, store.text_valid))
-    features = {**_of_images(store, model, source, images, on_progress), **_of_texts(store, model, source, texts, on_progress)}
+    stored = stored_views(store)
+    views, replay = None, None
+    if stored is not None:
+        views = rng.integers(0, stored.count, len(images))
+        replay = functools.partial(_picture, stored, dict(zip(images.tolist(), views.tolist(), strict=True)))
+    features = {**_of_images(store, model, source, images, replay, on_progress), **_of_texts(store, model, source, texts, on_progress)}
     compared = {}
     for name, live in features.items():
         chosen, reduced = images if name.startswith("image/") else texts, live.shape[1:] != store.arrays[name].row_shape
+        shown = views if name == "image/embedding" else None
         if name in store.codecs:
-            compared[name] = _compared(_coded_cosine(store, name, live, chosen), chosen)
+            compared[name] = _compared(_coded_cosine(store, name, live, chosen, shown), chosen)
         elif not (reduced and name.endswith("/tokens")):
-            compared[name] = _compared(_least_cosine(store.gather(name, chosen), live), chosen)
+            compared[name] = _compared(_least_cosine(store.gather(name, chosen, shown), live), chosen)
     skipped = tuple(name for name in (*IMAGE_FEATURES, *TEXT_FEATURES) if name in store.arrays and name not in compared)
     return RecomputeReport(store.path, model.identity["teacher"]["name"], source.spec, seed, compared, skipped, _differences(store.identity, model.identity))
 
@@ -122,19 +134,31 @@ def _some(valid_N: npt.NDArray[np.bool_], count: int, rng: np.random.Generator) 
     return np.sort(rng.choice(rows, min(count, len(rows)), replace=False))
 
 
-def _of_images(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
-    """Encode images; returns the arrays of floats that the store has too."""
+def _of_images(
+    store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], replay: Replay | None, on_progress: OnProgress
+) -> dict[str, npt.NDArray[Any]]:
+    """Encode images, for their embeddings as `replay` draws them of image and row; returns the arrays of floats that the store has too."""
     names = _features(store, IMAGE_FEATURES)
     layer = _token_layer(store, model, "image", image_token_form)
     key, sha256 = (index_of(store, "image", column) for column in ("key", "sha256"))
     places = _places(source, {row: key(row) for row in rows.tolist()})
 
     def encode(part: Sequence[int]) -> list[torch.Tensor]:
-        image_BCHW = torch.stack([_pixels(model, source, places[row], sha256(row)) for row in part])
-        found = encode_image_tokens(model, image_BCHW, layer) if "image/tokens" in names else (encode_image(model, image_BCHW),)
-        return [found[IMAGE_FEATURES.index(name)] for name in names]
+        images = {row: _image(source, places[row], sha256(row)) for row in part}
+        found = {}
+        if "image/tokens" in names:
+            plain_BCHW = torch.stack([model.preprocess(image) for image in images.values()])
+            found = dict(zip(IMAGE_FEATURES, encode_image_tokens(model, plain_BCHW, layer), strict=True))
+        if replay is not None or not found:
+            pictures = [image if replay is None else replay(image, row) for row, image in images.items()]
+            found["image/embedding"] = encode_image(model, torch.stack([model.preprocess(picture) for picture in pictures]))
+        return [found[name] for name in names]
 
     return _encoded(names, encode, rows.tolist(), "images", on_progress)
+
+
+def _picture(stored: StoredViews, views: dict[int, int], image: Image.Image, row: int) -> Image.Image:
+    return stored.picture(image, row, views[row])
 
 
 def _of_texts(store: Store, model: Model, source: Source, rows: npt.NDArray[np.int64], on_progress: OnProgress) -> dict[str, npt.NDArray[Any]]:
@@ -182,14 +206,14 @@ def _places(source: Source, keys: dict[int, str]) -> dict[int, int]:
     return {row: found[key] for row, key in keys.items()}
 
 
-def _pixels(model: Model, source: Source, place: int, sha256: str) -> torch.Tensor:
+def _image(source: Source, place: int, sha256: str) -> Image.Image:
     try:
         loaded = source.image(place)
     except UndecodableImage as e:
         raise JoinError(f"{source.spec}: the image '{source.key(place)}' cannot be decoded any more ({e.reason}).", "Restore it.") from e
     if loaded.sha256 != sha256:
         raise JoinError(f"{source.spec}: the image '{source.key(place)}' is not the one that was encoded.", "Name the store's source with --data.")
-    return model.preprocess(loaded.image)
+    return loaded.image
 
 
 def _encoded(
@@ -203,7 +227,7 @@ def _encoded(
     return {name: np.concatenate(found) for name, found in parts.items() if found}
 
 
-def _coded_cosine(store: Store, name: str, live: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Float64:
+def _coded_cosine(store: Store, name: str, live: npt.NDArray[Any], rows: npt.NDArray[np.int64], views: npt.NDArray[np.int64] | None) -> Float64:
     """Return the cosine of decoded rows [B] with the teacher's, less what the codec itself takes from it.
 
     A feature between two codes may fall on either side on another device; both decode to about the same cosine with it.
@@ -214,7 +238,7 @@ def _coded_cosine(store: Store, name: str, live: npt.NDArray[Any], rows: npt.NDA
     features = codec.chain.pooled(live)
     again = codec.decode(codec.encode(live))
     again[(features == 0).all(-1)] = 0  # padding of texts
-    return np.minimum(1.0, 1.0 + _least_cosine(store.features(name, rows), features) - _least_cosine(again, features))
+    return np.minimum(1.0, 1.0 + _least_cosine(store.features(name, rows, views), features) - _least_cosine(again, features))
 
 
 def _compared(cosine: Float64, rows: npt.NDArray[np.int64]) -> Compared:

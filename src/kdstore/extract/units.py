@@ -7,6 +7,7 @@ spent (decoding, model, encoding and writing), so that a run can say which of th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from kdstore.errors import SourceError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.fit import encoded, image_features
 from kdstore.extract.parent import RowsOfStore
+from kdstore.extract.views import augmentation_of, numbers_of, pictures_of
 from kdstore.models.encode import encode_text, encode_text_tokens, in_batches
 from kdstore.models.load import Model
 from kdstore.models.memory import Fitting
@@ -81,6 +83,9 @@ class Extractor:
         self._plan = plan
         self._specs = {spec.name: spec for spec in arrays if not spec.name.endswith("/valid")}
         self._codecs = codecs
+        self._augmentation = augmentation_of(config, model)
+        self._views = range(1 + config.views)
+        self.images_at_once = max(1, config.batch // len(self._views))  # a batch is of pictures, and all of an image are in one
         self._decoders = ThreadPoolExecutor(config.threads, "decode")
         self._writer = ThreadPoolExecutor(1, "write")
 
@@ -110,31 +115,44 @@ class Extractor:
                 future.cancel()
             self._writer.submit(int).result()  # nobody writes any more when the attempt is given up
 
-    def decode(self, row: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Decode and preprocess one image; returns its pixels, None if it cannot be decoded, and what the index says of it."""
+    def decode(self, row: int, views: Sequence[int] | None = None) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Decode and preprocess one image; returns its pixels, None if it cannot be decoded, and what the index says of it.
+
+        The pixels are [C, H, W], or [V, C, H, W] if it is asked for in some `views`.
+        """
         try:
             loaded = self._source.image(row)
         except UndecodableImage as e:
             return None, {"sha256": e.sha256, "valid": 0, "reason": e.reason, "width": 0, "height": 0}
         info = {"sha256": loaded.sha256, "valid": 1, "reason": "", "width": loaded.width, "height": loaded.height}
         try:
-            return self.model.preprocess(loaded.image), info
+            if views is None or self._augmentation is None:
+                return self.model.preprocess(loaded.image), info
+            return pictures_of(self.model, self._augmentation, self._source.key(row), loaded.image, views), info
         except Exception as e:  # what torchvision and Pillow raise for an image that they cannot resize
             return None, {**info, "valid": 0, "reason": reason_of(e)}
 
     def decode_all(self, rows: range) -> tuple[list[tuple[torch.Tensor | None, dict[str, Any]]], float]:
         """Decode images in all threads; returns them with the seconds that it took, summed over the threads."""
-        return _joined([self._decoders.submit(_timed, self.decode, row) for row in rows])
+        return _joined([self._decoding(row) for row in rows])
+
+    def _decoding(self, row: int) -> Future[Any]:
+        return self._decoders.submit(_timed, functools.partial(self.decode, views=self._views), row)
 
     def _images(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], None]]]:
         if isinstance(self._source, RowsOfStore) and not any(name.startswith("image/") for name in self._specs):
             attempt.index(self._source.index_rows(unit.start, unit.stop))  # no image need be read
             return
+        first = unit.start
         for decoded, seconds in self._batches_ahead(unit):
             started = time.perf_counter()
             pixels, rows = [d for d, _ in decoded if d is not None], [info for _, info in decoded]
             features = image_features(self._config, self.model, self.fitting, torch.stack(pixels)) if pixels else {}
             valid = np.array([info["valid"] for info in rows], bool)
+            if self._augmentation is not None:
+                images = [(self._source.key(row), info) for row, info in enumerate(rows, first) if info["valid"]]
+                features["image/view"] = numbers_of(self._augmentation, images, self._views)
+            first += len(rows)
             reasons = [info["reason"] for info in rows if not info["valid"]] or [""]
             yield (
                 Tally(images=len(rows), invalid=int((~valid).sum()), decoding=seconds, model=time.perf_counter() - started, last_reason=reasons[-1]),
@@ -180,9 +198,8 @@ class Extractor:
         """Decode the unit's batches in threads; yields them in order with the seconds that their decoding took, summed over the threads."""
         waiting: deque[list[Future[Any]]] = deque()
         try:
-            for start in range(unit.start, unit.stop, self._config.batch):
-                rows = range(start, min(start + self._config.batch, unit.stop))
-                waiting.append([self._decoders.submit(_timed, self.decode, row) for row in rows])
+            for start in range(unit.start, unit.stop, self.images_at_once):
+                waiting.append([self._decoding(row) for row in range(start, min(start + self.images_at_once, unit.stop))])
                 if len(waiting) > AHEAD:
                     yield _joined(waiting.popleft())
             while waiting:

@@ -12,7 +12,7 @@ from kdstore.store.derive import DerivedStore, index_rows, read_keys
 from kdstore.store.diff import ArrayDifference, StoreDifference, diff_stores
 from kdstore.store.incomplete import Committer, StoreProgress, store_progress
 from kdstore.store.join import Join, JoinReport, join_sources, report_join
-from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array
+from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array, view_array
 from kdstore.store.lock import Holder, unlock_store
 from kdstore.store.order import Batches, Order
 from kdstore.store.parts import finalise_store, leave_account, record_staged, stage_unit, staged_units
@@ -23,6 +23,7 @@ from kdstore.store.rows import Rows
 from kdstore.store.stats import store_stats
 from kdstore.store.subset import subset_store
 from kdstore.store.verify import Damage, VerifyReport, verify_store
+from kdstore.store.views import StoredViews, stored_views
 from kdstore.store.writer import Begun, StoreWriter, read_begun
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "StoreDifference",
     "StoreProgress",
     "StoreWriter",
+    "StoredViews",
     "Unit",
     "VerifyReport",
     "child_identity",
@@ -79,8 +81,10 @@ __all__ = [
     "staged_units",
     "store_progress",
     "store_stats",
+    "stored_views",
     "subset_store",
     "token_array",
     "unlock_store",
     "verify_store",
+    "view_array",
 ]

@@ -183,6 +183,11 @@ def token_array(plan: Plan, side: Side, tokens: int, width: int, *, dtype: str =
     return _array(plan, f"{side}/tokens", ("token", "channel"), (tokens, width), dtype, views, zstd, 1, shard_rows)
 
 
+def view_array(plan: Plan, views: int, numbers: int) -> ArraySpec:
+    """Describe `image/view` [N, V, P]: the parameters of each view."""
+    return _array(plan, "image/view", ("parameter",), (numbers,), "float32", views, False, min(CHUNK_ROWS, plan.unit_rows), plan.unit_rows)
+
+
 def scalar_array(plan: Plan, name: str, dtype: str) -> ArraySpec:
     """Describe one number per row, such as `image/valid` [N] or `text/length` [M]: a shard of one chunk per unit."""
     side: Side = "image" if name.startswith("image/") else "text"
