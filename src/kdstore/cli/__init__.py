@@ -94,7 +94,7 @@ def extract(
     part: Annotated[str | None, typer.Option(metavar="I/N", help="For job arrays: only the I-th of N parts; then 'kdstore store finalise'.")] = None,
     unit_rows: Annotated[int | None, typer.Option(help="Rows that are written, and resumed, at once.")] = None,
     device: Device = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell rows, bytes, files and hours from a short calibration, and write nothing.")] = False,
+    dry_run: Annotated[bool | None, typer.Option("--dry-run", help="Tell rows, bytes, files and hours from a short calibration, and write nothing.")] = None,
     recipe: Recipe = None,
     settings: Settings = None,
     as_json: Json = False,
