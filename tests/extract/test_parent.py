@@ -226,3 +226,24 @@ def test_a_child_of_many_rows_in_small_units_gets_larger_ones(stores, tmp_path, 
     monkeypatch.setattr(plan, "MAX_SHARDS", 4)
     child(stores, tmp_path / "child", tokens="text", unit_rows=1)
     assert open_store(tmp_path / "child").unit_rows == 64
+
+
+def test_views_are_added_to_rows_of_a_store(stores, tmp_path):
+    extract(config(tmp_path / "whole", views=2))
+    whole = open_store(tmp_path / "whole")
+    rows = [2, 5, 30]
+    child(stores, tmp_path / "all", tokens="none", views=2)
+    child(stores, tmp_path / "some", tokens="image", views=2, keys=write_keys(tmp_path / "keys", whole.keys()[rows]))
+    for path in ("all", "some"):
+        family = open_family(stores / "parent", tmp_path / path)
+        arrays = {"image/embedding", "image/valid", "image/view", "text/valid"} | ({"image/tokens"} if path == "some" else set())
+        assert open_store(tmp_path / path).arrays.keys() == arrays
+        for view in range(3):
+            a, b = (store.gather("image/embedding", rows, view).astype(np.float32) for store in (family, whole))
+            np.testing.assert_allclose(a, b, atol=2e-3)
+            assert np.array_equal(family.gather("image/view", rows, view), whole.gather("image/view", rows, view))
+        assert np.array_equal(family.gather("text/embedding", [7]), whole.gather("text/embedding", [7]))
+    with pytest.raises(MissingFeature, match="for 3 of 40 rows"):
+        family.gather("image/embedding", [0])
+    with pytest.raises(ConfigError, match="holds image/embedding already"):
+        extract(ExtractConfig(**SHARED, parent=str(tmp_path / "whole"), views=1, out=str(tmp_path / "more")))

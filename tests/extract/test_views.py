@@ -183,10 +183,3 @@ def test_a_batch_smaller_than_the_views_of_one_image_gives_the_same_features(mad
 def test_views_that_cannot_be_made_or_stored_are_refused_at_once(changes):
     with pytest.raises(ConfigError):
         config("s", **changes)
-
-
-def test_a_parent_has_its_embeddings_already(made, tmp_path):
-    with pytest.raises(ConfigError, match="without --parent"):
-        config(tmp_path / "s", parent=str(made[0]), tokens="text")
-    extract(config(tmp_path / "s", views=0, data=None, parent=str(made[0]), tokens="text"))
-    assert open_store(tmp_path / "s").identity["parent"]["digest"] == made[1]

@@ -17,9 +17,7 @@ from kdstore.store.plan import Side
 
 def feature_shapes(config: ExtractConfig, model: Model) -> dict[str, tuple[int, ...]]:
     """Return the shape of a row of every array of features that a run computes, before any codec."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    if config.parent is None:  # which has them
-        shapes = {f"{side}/embedding": (model.embed_dim,) for side in ("image", "text")}
+    shapes: dict[str, tuple[int, ...]] = {f"{side}/embedding": (model.embed_dim,) for side in config.embedded_sides}
     if config.tokens in ("image", "both"):
         shapes["image/tokens"] = image_token_form(model, config.token_layer).shape
     if config.tokens in ("text", "both"):
@@ -43,9 +41,7 @@ def planned_arrays(config: ExtractConfig, model: Model, plan: Plan) -> list[Arra
 def store_identity(config: ExtractConfig, model: Model, plan: Plan, codecs: Mapping[str, Codec]) -> dict[str, Any]:
     """Build what the features depend on: teacher, preprocessing, tokenizer, how images are decoded, source, and how each array is encoded."""
     encoding = {"norm": "none", "precision": config.precision, "views": ["plain"]}
-    arrays: dict[str, dict[str, Any]] = {}
-    if config.parent is None:
-        arrays = {f"{side}/embedding": {**encoding, "layer": "output"} for side in ("image", "text")}
+    arrays: dict[str, dict[str, Any]] = {f"{side}/embedding": {**encoding, "layer": "output"} for side in config.embedded_sides}
     for side, form_of in (("image", image_token_form), ("text", text_token_form)):
         if config.tokens in (side, "both"):
             arrays[f"{side}/tokens"] = {**encoding, **form_of(model, config.token_layer).encoding}

@@ -68,17 +68,15 @@ class ExtractConfig:
             raise ConfigError(f"workers must not be negative, found {self.workers}.", "Give --workers N, one for a GPU or a few cores.")
         if self.keys and not self.parent:
             raise ConfigError("Keys choose rows of a parent.", "Name the store with --parent.")
-        if self.parent and self.encode:
+        if self.parent and self.encode and not self.views:
             raise ConfigError("The embeddings are the parent's, as it has encoded them.", "Leave --encode out; --reduce is for tokens.")
-        if self.parent and (self.tokens == "none" or not self.out):
-            raise ConfigError("A store that adds to a parent needs arrays and a path.", "Give --tokens image and --out, a folder beside the parent.")
+        if self.parent and ((self.tokens == "none" and not self.views) or not self.out):
+            raise ConfigError("A store that adds to a parent needs arrays and a path.", "Give --tokens image or --views 2, and --out beside the parent.")
         if self.unit_rows & (self.unit_rows - 1):
             near = 1 << self.unit_rows.bit_length() - 1
             raise ConfigError(f"unit_rows must be a power of two, so that units end with shards; found {self.unit_rows}.", f"Take {near} or {2 * near}.")
         if not 0 <= self.views < MOST_CHUNKS // max(1, self.unit_rows // CHUNK_ROWS):
             raise ConfigError(f"A unit of {self.unit_rows} rows cannot hold {self.views} augmented views.", "Take fewer of either.")
-        if self.views and self.parent:
-            raise ConfigError("Augmented views come with embeddings, which a parent has.", "Extract a store with --views and without --parent.")
         if self.views:
             from kdstore.data.views import Augmentation  # needs NumPy and Pillow, which few recipes that are only read do
 
@@ -102,3 +100,13 @@ class ExtractConfig:
     def sampling(self) -> dict[str, Any]:
         """How augmented views are sampled, whatever the teacher."""
         return {name: getattr(self, f"view_{name}") for name in ("scale", "ratio", "flip", "operations", "strength", "seed")}
+
+    @property
+    def embedded_sides(self) -> tuple[str, ...]:
+        """The sides whose embeddings a run computes: a parent has both, of the plain view."""
+        return ("image", "text") if self.parent is None else ("image",) if self.views else ()
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether a run computes anything of images."""
+        return "image" in self.embedded_sides or self.tokens in ("image", "both")

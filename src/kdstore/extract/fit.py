@@ -58,9 +58,7 @@ class _Sample:
 
 def chains_of(config: ExtractConfig) -> dict[str, Chain]:
     """Return the codec of every array of features that a run writes; texts lie in no grid, so they are not pooled."""
-    chains: dict[str, Chain] = {}
-    if config.parent is None:
-        chains = {f"{side}/embedding": parse_chain(config.encode or config.dtype, config.dtype) for side in ("image", "text")}
+    chains = {f"{side}/embedding": parse_chain(config.encode or config.dtype, config.dtype) for side in config.embedded_sides}
     tokens = parse_chain(config.reduce or config.dtype, config.dtype)
     if config.tokens in ("image", "both"):
         chains["image/tokens"] = tokens
@@ -90,7 +88,7 @@ def sampled(
 
     Where `decode` gives several views, tokens are taken of the first and embeddings of the last.
     """
-    images = 0 if config.parent and config.tokens == "text" else plan.num_images
+    images = plan.num_images if config.reads_images else 0
     image_rows, text_rows = (np.sort(np.random.default_rng(SEED).choice(n, min(n, config.codec_sample), replace=False)) for n in (images, plan.num_texts))
     total = len(image_rows) + len(text_rows)
     with ThreadPoolExecutor(config.threads) as pool:
@@ -105,7 +103,7 @@ def sampled(
     for start in range(0, len(text_rows), config.batch):
         texts = plan.captions.take(text_rows[start : start + config.batch]).to_pylist()
         features, length_B = {}, None
-        if config.parent is None:
+        if "text" in config.embedded_sides:
             features["text/embedding"] = fitting.run("text", lambda some: (encode_text(model, some),), texts)[0].cpu().numpy()
         if config.tokens in ("text", "both"):
             hidden_BLW, lengths = fitting.run("text", lambda some: encode_text_tokens(model, some, config.token_layer), texts)

@@ -83,17 +83,18 @@ def prepare(
     on_progress("plan", 0, len(source), source.spec)
     if parent is not None:
         child_identity(parent, {**model.identity, "decoding": DECODING})  # before anything is computed
-        if held := sorted(feature_shapes(config, model).keys() & parent.arrays.keys()):
+        wider = {"image/embedding"} if config.views and "image/view" not in parent.arrays else set()
+        if held := sorted(feature_shapes(config, model).keys() & parent.arrays.keys() - wider):
             raise ConfigError(f"{parent.path} holds {' and '.join(held)} already.", "Ask for other --tokens, or make a store without --parent.")
         rows, plan = plan_child(parent, read_keys(config.keys) if config.keys else None, config.unit_rows)
         source = of_parent = RowsOfStore(parent, rows, plan, source)
-        if config.tokens != "text":
+        if config.reads_images:
             of_parent.find()
     elif begun is not None:
         plan = begun.plan
     else:
         plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=config.unit_rows)
-    if plan.num_texts == 0 and (parent is None or config.tokens != "image"):
+    if plan.num_texts == 0 and (parent is None or config.tokens in ("text", "both")):
         raise SourceError(f"{source.spec} has no caption.", "Name the caption column, or give other data.")
     on_progress("plan", len(source), len(source), source.spec)
     arrays, out = tuple(planned_arrays(config, model, plan)), store_path(config)

@@ -140,7 +140,7 @@ class Extractor:
         return self._decoders.submit(_timed, functools.partial(self.decode, views=self._views), row)
 
     def _images(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], None]]]:
-        if isinstance(self._source, RowsOfStore) and not any(name.startswith("image/") for name in self._specs):
+        if isinstance(self._source, RowsOfStore) and not self._config.reads_images:
             attempt.index(self._source.index_rows(unit.start, unit.stop))  # no image need be read
             return
         first = unit.start

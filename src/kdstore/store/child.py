@@ -47,12 +47,16 @@ def child_identity(parent: Store, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 class Family(Store):
-    """A store with the arrays of its children; rows are numbered as in the parent, whatever part of them a child holds."""
+    """A store with the arrays of its children; rows are numbered as in the parent, whatever part of them a child holds.
+
+    Where a child has more views of an array than its parent, all of them are the child's, the plain one too.
+    """
 
     def __init__(self, manifest: Manifest, children: Sequence[Store]) -> None:
         super().__init__(manifest)
         self._children = tuple(children)
         self._lent: dict[str, tuple[Store, Int64 | None]] = {}
+        own = set(self.arrays)
         for child in children:
             of = child.identity.get("parent")
             if not isinstance(of, dict) or of.get("digest") != self.digest:
@@ -60,12 +64,13 @@ class Family(Store):
             child_identity(self, child.identity)
             places = _places(self, child)
             for name in child.arrays.keys() - {"image/valid", "text/valid"}:
-                if name in self.arrays:
+                if name in self.arrays and not (name in own and child.arrays[name].views > self.arrays[name].views == 1):
                     raise IdentityMismatch(f"{child.path} holds {name} as another of these stores does.", "Leave one of them out.")
                 spec = child.arrays[name]
                 rows = self.num_images if spec.side == "image" else self.num_texts
                 self.arrays[name] = dataclasses.replace(spec, shape=(rows, *spec.shape[1:]))
                 self._lent[name] = child, places[spec.side]
+                self.codecs.pop(name, None)
                 if name in child.codecs:
                     self.codecs[name] = child.codecs[name]
 
