@@ -14,7 +14,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kdstore.errors import CannotWrite, DamagedStore, DiskFull, KdstoreError
 
@@ -48,22 +48,31 @@ def differing_fields(there: Any, here: Any, named: tuple[str, str] = ("there", "
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` so that a crash leaves the old or the new file: temp, fsync, rename, fsync of the folder.
+    """Replace `path` by `content` as `replacing` does."""
+    with replacing(path) as f:
+        f.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Replace `path` by what the block writes so that a crash leaves the old or the new file: temp, fsync, rename, fsync of the folder.
 
     Raises DiskFull, CannotWrite.
     """
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temp, "wb") as f:
-            f.write(content)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
         fsync_folder(path.parent)
-    except OSError as e:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             temp.unlink()
-        raise disk_error(e, path) from e
+        if isinstance(e, OSError):
+            raise disk_error(e, path) from e
+        raise
 
 
 def make_folders(path: Path) -> None:

@@ -11,8 +11,9 @@ from kdstore.extract.config import ExtractConfig
 from kdstore.extract.fit import encoded
 from kdstore.extract.recompute import recompute
 from kdstore.extract.run import extract
+from kdstore.extract.units import BAD_VALUES
 from kdstore.jsonfile import read_json
-from kdstore.models.encode import encode_image_tokens, encode_text_tokens
+from kdstore.models.encode import encode_image, encode_image_tokens, encode_text_tokens
 from kdstore.models.load import load_model
 from kdstore.store import diff_stores, open_store, store_stats, verify_store
 
@@ -135,7 +136,11 @@ def test_values_that_are_not_finite_are_counted_and_refused():
     rows[1:3] = 7e4
     with pytest.raises(ModelError, match="0 NaN, 0 infinite values and 6 beyond float16"):
         encoded("image/embedding", rows, None, "float16")
-    assert encoded("image/embedding", rows, None, "float32").tolist() == rows.tolist()
+    codes, good = encoded("image/embedding", rows, None, "float32")
+    assert codes.tolist() == rows.tolist()
+    assert good.all()
+    codes, good = encoded("image/embedding", rows, None, "float16", refuse=False)
+    assert good.tolist() == [True, False, False, True]
 
 
 def test_stores_whose_codes_mean_other_values_are_compared_by_their_features(tmp_path):
@@ -156,3 +161,26 @@ def test_statistics_of_codes_are_those_of_the_features_that_they_stand_for(tmp_p
     assert stored.keys() == coded.keys()
     np.testing.assert_allclose(coded["image/embedding"]["mean"], stored["image/embedding"]["mean"], atol=0.02)
     assert (coded["image/tokens"]["vectors"], coded["image/tokens"]["rows"]) == (280, 70)
+
+
+@pytest.mark.parametrize("views", [0, 1])
+def test_rows_with_values_that_cannot_be_stored_are_marked_if_the_user_wants_it(views, tmp_path):
+    model, source = load_model("scenes-S", device="cpu"), Scenes("val", 40)
+    plain = np.abs(encode_image(model, torch.stack([model.preprocess(source.image(i).image) for i in range(40)])).numpy()).max(axis=1)
+    weights = model.clip.state_dict()
+    weights["visual.attnpool.c_proj.weight"] *= 65504 / np.median(plain)  # half of the images overflow
+    torch.save(weights, tmp_path / "hot.pt")
+    settings = {"teacher": "scenes-S", "pretrained": str(tmp_path / "hot.pt"), "untrained_seed": None, "data": "scenes/val:40", "views": views}
+    with pytest.raises(ModelError, match="bad_values"):
+        extract(config(tmp_path / "s", **settings))
+    said = []
+    result = extract(config(tmp_path / "s", **settings, bad_values="invalid", max_invalid=0.95), on_progress=lambda *report: said.append(report[3]))
+    store = open_store(tmp_path / "s")
+    bad = ~store.image_valid
+    assert 0 < bad.sum() == result.invalid_images < 40
+    assert any(f"{bad.sum()} of 40 images are not valid" in note for note in said)
+    assert {store.index("image", "reason")[row].as_py() for row in np.flatnonzero(bad)} == {BAD_VALUES}
+    for view in range(1 + views):
+        finite = np.isfinite(store.gather("image/embedding", np.arange(40), [view] * 40))
+        assert finite.all(axis=1).tolist() == store.image_valid.tolist()
+    assert verify_store(tmp_path / "s").ok

@@ -6,14 +6,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdstore.data.source import Caption
 from kdstore.errors import ConfigError, DamagedStore, SourceError
-from kdstore.store import Plan, fingerprint_of
+from kdstore.store import Plan, fingerprint_of, repeats
 
 ROWS = [("a", (Caption("one"), Caption("two", "synthetic"))), ("b", ()), ("c", (Caption("one"),))]
 
@@ -47,8 +47,8 @@ def test_units_cover_every_row_of_both_sides_once(rows: list[tuple[str, tuple[Ca
 def test_a_saved_plan_loads_as_it_was(rows: list[tuple[str, tuple[Caption, ...]]]) -> None:
     plan = Plan.freeze(rows, unit_rows=4)
     with tempfile.TemporaryDirectory() as folder:
-        plan.save(Path(folder) / "plan.parquet")
-        loaded = Plan.load(Path(folder) / "plan.parquet")
+        plan.save(Path(folder) / "plan.arrow")
+        loaded = Plan.load(Path(folder) / "plan.arrow", plan.fingerprint, 4)
     assert loaded.summary() == plan.summary()
     assert loaded.keys.equals(plan.keys)
     assert loaded.captions.equals(plan.captions)
@@ -58,15 +58,40 @@ def test_a_saved_plan_loads_as_it_was(rows: list[tuple[str, tuple[Caption, ...]]
 
 
 def test_a_changed_plan_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "plan.parquet"
-    Plan.freeze(ROWS).save(path)
-    table = pq.read_table(path)
-    pq.write_table(table.take([1, 0, 2]), path)
+    path, plan = tmp_path / "plan.arrow", Plan.freeze(ROWS)
+    plan.save(path)
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table.take([1, 0, 2]))
     with pytest.raises(DamagedStore, match="does not match its fingerprint"):
-        Plan.load(path)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DamagedStore, match="not a plan"):
-        Plan.load(path)
+        Plan.load(path, plan.fingerprint, 4)
+    for content in (path.read_bytes()[:-9], b""):
+        path.write_bytes(content)
+        with pytest.raises(DamagedStore, match="not a plan"):
+            Plan.load(path, plan.fingerprint, 4)
+
+
+@given(st.integers(0), st.integers(1, 255))
+def test_a_flipped_bit_in_a_plan_file_is_found_or_changes_nothing(place: int, flip: int) -> None:
+    plan = Plan.freeze(ROWS)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.arrow"
+        plan.save(path)
+        content = bytearray(path.read_bytes())
+        content[place % len(content)] ^= flip
+        path.write_bytes(content)
+        try:
+            loaded = Plan.load(path, plan.fingerprint, 4)
+        except DamagedStore:
+            return
+        assert list(loaded._pairs()) == ROWS
+
+
+@given(st.lists(st.lists(st.integers(-3, 3), max_size=5), max_size=5), st.integers(0, 3))
+def test_repeats_are_the_values_that_came_before(parts: list[list[int]], spare: int) -> None:
+    values = [value for part in parts for value in part]
+    found = repeats((np.array(part, np.int64) for part in parts), len(values) + spare)
+    assert found.tolist() == sorted(value for i, value in enumerate(values) if value in values[:i])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from kdstore.errors import ConfigError, UnknownName
 
 TOKENS = ("none", "image", "text", "both")
 DTYPES = ("float16", "float32")
+BAD_VALUES = ("refuse", "invalid")
 CHUNK_ROWS, MOST_CHUNKS = 16, 2**20  # rows of embeddings in a chunk, chunks in a shard (docs/format.md)
 
 
@@ -49,10 +50,11 @@ class ExtractConfig:
     workers: int = 0  # processes of a cluster on this machine; 0: all in this one
     scheduler: str | None = None  # of a dask cluster, tcp://HOST:PORT
     part: str | None = None  # I/N: only every N-th unit, from the I-th (1 to N)
-    max_invalid: float = 0.1  # share of undecodable images beyond which the run stops
+    max_invalid: float = 0.1  # share of images that are not valid beyond which the run stops
+    bad_values: str = "refuse"  # NaN, infinity and floats beyond dtype; invalid: such a row is marked as not valid, with the reason
 
     def __post_init__(self) -> None:
-        for name, known in (("tokens", TOKENS), ("dtype", DTYPES), ("precision", ("fp32", "bf16", "fp16"))):
+        for name, known in (("tokens", TOKENS), ("dtype", DTYPES), ("precision", ("fp32", "bf16", "fp16")), ("bad_values", BAD_VALUES)):
             if getattr(self, name) not in known:
                 raise UnknownName.of(name, getattr(self, name), known)
         if not re.fullmatch(r"last|last-before-norm|-?[0-9]{1,4}", self.token_layer):

@@ -131,16 +131,19 @@ def image_features(config: ExtractConfig, model: Model, fitting: Fitting, pixels
     return found | {"image/embedding": torch.cat(embeddings, 1).flatten(0, 1).cpu().numpy()}
 
 
-def fit_codecs(chains: dict[str, Chain], shapes: dict[str, tuple[int, ...]], batches: Iterable[Batch], rows: int, logit_scale: float) -> dict[str, Codec]:
+def fit_codecs(
+    chains: dict[str, Chain], shapes: dict[str, tuple[int, ...]], batches: Iterable[Batch], rows: int, logit_scale: float, *, refuse: bool = True
+) -> dict[str, Codec]:
     """Fit all chains that are not plain on the batches of a sample of at most `rows` rows; each record says how far decoded features are off.
 
-    Raises ConfigError for a sample that is too small, ModelError for features that are not finite.
+    Raises ConfigError for a sample that is too small, and ModelError for features that are not finite, which are left out if not to `refuse`.
     """
     samples = {name: _Sample(chain, max(1, VECTORS // max(1, rows))) for name, chain in chains.items() if not chain.plain}
     for places, features, lengths in batches:
         for name in features.keys() & samples.keys():
-            encoded(name, features[name], None, "float32")  # refuses what is not finite
-            samples[name].add(places, features[name], lengths)
+            values = features[name]
+            _, kept = encoded(name, values, None, "float32", refuse=refuse)
+            samples[name].add(places[kept], values[kept], None if lengths is None else lengths[kept])
     codecs = {name: _fitted(name, shapes[name], sample) for name, sample in samples.items()}
     both = [f"{side}/embedding" for side in ("image", "text")]
     if all(name in codecs for name in both):
@@ -150,17 +153,31 @@ def fit_codecs(chains: dict[str, Chain], shapes: dict[str, tuple[int, ...]], bat
     return codecs
 
 
-def encoded(name: str, values: Float32, codec: Codec | None, dtype: str) -> npt.NDArray[Any]:
-    """Return the features of valid rows as they are stored; raises ModelError with counts for NaN, infinity and floats beyond the type."""
-    overflow = 0
-    if np.isfinite(values).all():
-        with np.errstate(over="ignore"):
-            codes = values.astype(dtype) if codec is None else codec.encode(values)
-        overflow = int((~np.isfinite(codes)).sum()) if codes.dtype.kind == "f" else 0
-        if not overflow:
-            return codes
-    found = f"{int(np.isnan(values).sum())} NaN, {int(np.isinf(values).sum())} infinite values and {overflow} beyond {dtype}"
-    raise ModelError(f"{name}: {len(values)} rows hold {found}.", "Store them with --set dtype=float32, or compute them with --set precision=fp32.")
+def encoded(name: str, values: Float32, codec: Codec | None, dtype: str, *, refuse: bool = True) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Return features [B, ...] as they are stored, and which rows [B] can be: those without NaN, infinity and floats beyond the type.
+
+    Raises ModelError with the counts if any row cannot, unless not to `refuse`; the codes of such a row mean nothing.
+    """
+    good_B = _all_finite(values)
+    numbers = values
+    if not good_B.all():
+        numbers = values.copy()
+        numbers[~good_B] = 0
+    with np.errstate(over="ignore"):
+        codes = numbers.astype(dtype) if codec is None else codec.encode(numbers)
+    good_B &= _all_finite(codes)
+    if refuse and not good_B.all():
+        found = f"{int(np.isnan(values).sum())} NaN, {int(np.isinf(values).sum())} infinite values and {int((~np.isfinite(codes)).sum())} beyond {dtype}"
+        raise ModelError(
+            f"{name}: {len(values)} rows hold {found}.",
+            "Store them with --set dtype=float32, compute them with --set precision=fp32, or leave such rows out with --set bad_values=invalid.",
+        )
+    return codes, good_B
+
+
+def _all_finite(rows: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    finite_B: npt.NDArray[np.bool_] = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+    return finite_B
 
 
 def _stored(store: Store, name: str) -> Codec | None:

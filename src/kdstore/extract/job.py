@@ -93,7 +93,8 @@ def prepare(
     elif begun is not None:
         plan = begun.plan
     else:
-        plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=config.unit_rows)
+        source_rows = ((source.key(i), source.captions(i)) for i in range(len(source)))
+        plan = Plan.freeze(source_rows, unit_rows=config.unit_rows, folder=present_folder(store_path(config)))
     if plan.num_texts == 0 and (parent is None or config.tokens in ("text", "both")):
         raise SourceError(f"{source.spec} has no caption.", "Name the caption column, or give other data.")
     on_progress("plan", len(source), len(source), source.spec)
@@ -105,7 +106,8 @@ def prepare(
     if codecs is None:
         bare = Extractor(config, source, plan, model, arrays, {}, fitting)
         batches = sampled(config, plan, model, fitting, lambda row: bare.decode(row, sampled_views(config, row))[0], on_progress)
-        codecs = fit_codecs(chains, shapes, batches, min(config.codec_sample, plan.num_images), model.logit_scale)
+        at_most = min(config.codec_sample, plan.num_images)
+        codecs = fit_codecs(chains, shapes, batches, at_most, model.logit_scale, refuse=config.bad_values == "refuse")
         bare.close()
     identity = store_identity(config, model, plan, codecs)
     if parent is not None:

@@ -23,9 +23,9 @@ from kdstore.extract.check import check_teacher
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.job import Job, prepare
 from kdstore.extract.rates import Rates, rates_of
-from kdstore.extract.units import Guard, Tally
+from kdstore.extract.units import BAD_VALUES, Guard, Tally
 from kdstore.progress import OnProgress, silent
-from kdstore.store import Attempt, Plan, Store, StoreWriter, Unit, leave_account, open_store, record_staged, stage_unit, staged_units
+from kdstore.store import Attempt, Plan, Store, StoreWriter, Unit, leave_account, open_store, record_staged, repeats, stage_unit, staged_units
 
 LOCK_SECONDS = 120  # so long a part waits for another one that begins the store
 
@@ -175,7 +175,9 @@ def _extract_all(run: _Run) -> ExtractResult:
         digest = writer.finalise({**account, "recall_check": check, "resumed": len(pending) < len(job.plan.units)})
     store = open_store(job.out)
     if run.invalid:
-        run.say(f"{run.invalid} of {job.plan.num_images} images cannot be decoded; their rows are NaN, and the store's index says why.", "warning")
+        run.say(f"{run.invalid} of {job.plan.num_images} images are not valid; their rows hold NaN, and the store's index says why.", "warning")
+    if texts := run.done["text"].invalid:
+        run.say(f"{texts} texts are not valid: {BAD_VALUES}.", "warning")
     if repeated := _repeated_content(store, job.plan):
         run.say(f"{repeated} of {job.plan.num_images} images have the content of another under another key.")
     return run.result(digest, store.num_bytes, rates)
@@ -224,5 +226,5 @@ def _wait_for_writer(job: Job, on_progress: OnProgress) -> StoreWriter:
 def _repeated_content(store: Store, plan: Plan) -> int:
     """Count the images whose encoded bytes are those of another, by 64 bits of their hashes."""
     columns = (store.index("image", "sha256", slice(unit.number, unit.number + 1)) for unit in plan.units if unit.side == "image")
-    hashes = np.concatenate([np.array([int(text[:16], 16) for text in column.to_pylist() if text], np.uint64) for column in columns])
-    return len(hashes) - len(np.unique(hashes))
+    hashes = (np.array([int(text[:16], 16) for text in column.to_pylist() if text], np.uint64).view(np.int64) for column in columns)
+    return len(repeats(hashes, plan.num_images, store.path))

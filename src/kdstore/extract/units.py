@@ -33,6 +33,9 @@ from kdstore.store import ArraySpec, Attempt, Codec, Plan, Unit
 
 AHEAD = 2  # batches decoded before the model asks for them, and written after it has ended
 ENOUGH = 100  # images from which a share of undecodable ones is believed
+BAD_VALUES = "its features are no finite numbers of the stored type"
+_NUMBERS = {"image/view", "text/length"}  # beside features, never bad
+_TEXT = {"valid": 1}
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,15 @@ class Extractor:
 
         Raises ModelError for values that cannot be stored, what the source raises, DiskFull, CannotWrite, and what `on_batch` raises.
         """
-        total, writing = Tally(), deque[Future[float]]()
+        total, writing = Tally(), deque[Future[Tally]]()
         try:
             for done, write in (self._images if unit.side == "image" else self._texts)(attempt, unit):
-                writing.append(self._writer.submit(_seconds, write))
+                writing.append(self._writer.submit(_written, write))
                 if len(writing) > AHEAD:
-                    done += Tally(writing=writing.popleft().result())
+                    done += writing.popleft().result()
                 total += done
                 on_batch(done)
-            rest = Tally(writing=sum(future.result() for future in writing))
+            rest = sum((future.result() for future in writing), Tally())
             on_batch(rest)
             return total + rest
         finally:
@@ -139,7 +142,7 @@ class Extractor:
     def _decoding(self, row: int) -> Future[Any]:
         return self._decoders.submit(_timed, functools.partial(self.decode, views=self._views), row)
 
-    def _images(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], None]]]:
+    def _images(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], int]]]:
         if isinstance(self._source, RowsOfStore) and not self._config.reads_images:
             attempt.index(self._source.index_rows(unit.start, unit.stop))  # no image need be read
             return
@@ -159,7 +162,7 @@ class Extractor:
                 lambda features=features, valid=valid, rows=rows: self._append(attempt, "image/", features, valid, rows),  # type: ignore[misc]
             )
 
-    def _texts(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], None]]]:
+    def _texts(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], int]]]:
         batch, started, embedding_MD = 4 * self._config.batch, time.perf_counter(), None
         if "text/embedding" in self._specs:  # of the whole unit: equal captions are computed once
             encode = lambda part: self.fitting.run("text", lambda some: (encode_text(self.model, some),), part)[0]  # noqa: E731
@@ -179,20 +182,33 @@ class Extractor:
 
     def _append(
         self, attempt: Attempt, side: str, features: Mapping[str, npt.NDArray[Any]], valid: npt.NDArray[np.bool_], rows: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        """Append the features of valid rows as they are stored, among rows of NaN or code 0; raises ModelError for values that cannot be stored."""
+    ) -> int:
+        """Append the features of valid rows as they are stored, among rows of NaN or code 0; returns how many rows turned out to hold values that cannot be.
+
+        Raises ModelError for such a row, unless the settings have it marked as not valid.
+        """
+        refuse, codes, good = self._config.bad_values == "refuse", dict(features), np.ones(int(valid.sum()), bool)
+        for name in (features.keys() & self._specs.keys()) - _NUMBERS:
+            codes[name], good_B = encoded(name, features[name], self._codecs.get(name), self._specs[name].dtype, refuse=refuse)
+            good &= good_B.reshape(len(good), -1).all(axis=1)  # of all views
+        valid = valid.copy()
+        valid[valid] = good
+        if not refuse:
+            told = zip(rows or [_TEXT] * len(valid), valid, strict=True)
+            rows = [row if ok or not row["valid"] else {**row, "valid": 0, "reason": BAD_VALUES} for row, ok in told]
         for name, spec in self._specs.items():
             if not name.startswith(side):
                 continue
             block = np.full((len(valid), *spec.shape[1:]), spec.fill, spec.dtype)
             if name == "text/length":
                 block[:] = features[name]
-            elif name in features:
-                block[valid] = encoded(name, features[name], self._codecs.get(name), spec.dtype).reshape(-1, *spec.shape[1:])
+            elif name in codes:
+                block[valid] = codes[name].reshape(-1, *spec.shape[1:])[good]
             if name == "text/tokens":
                 block[np.arange(block.shape[1]) >= features["text/length"][:, None]] = 0  # code 0, whatever it decodes to
             attempt.append(name, block)
         attempt.index(rows)
+        return int((~good).sum())
 
     def _batches_ahead(self, unit: Unit) -> Iterator[tuple[list[tuple[torch.Tensor | None, dict[str, Any]]], float]]:
         """Decode the unit's batches in threads; yields them in order with the seconds that their decoding took, summed over the threads."""
@@ -219,7 +235,7 @@ def _joined(futures: list[Future[Any]]) -> tuple[list[Any], float]:
     return [decoded for decoded, _ in found], sum(seconds for _, seconds in found)
 
 
-def _seconds(write: Callable[[], None]) -> float:
+def _written(write: Callable[[], int]) -> Tally:
     started = time.perf_counter()
-    write()
-    return time.perf_counter() - started
+    invalid = write()
+    return Tally(invalid=invalid, writing=time.perf_counter() - started, last_reason=BAD_VALUES if invalid else "")

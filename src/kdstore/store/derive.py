@@ -86,7 +86,7 @@ class DerivedStore:
 def plan_of(parts: Sequence[Part], unit_rows: int) -> Plan:
     """Plan the rows of all parts, one after the other, in units of `unit_rows` (more if 8,192 units would not do); keys must be unique."""
     if len(parts) == 1 and len(parts[0].images) == (store := parts[0].store).num_images:
-        keys, captions, kinds = (_column(store, side, name) for side, name in _PLANNED)
+        keys, captions, kinds = (pa.chunked_array([_column(store, side, name)]) for side, name in _PLANNED)
         return Plan(keys, captions, kinds, store.offsets, unit_rows, store.fingerprint).within_limits()
     return Plan.freeze((pair for part in parts for pair in _pairs(part)), unit_rows=unit_rows)
 

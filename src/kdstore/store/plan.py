@@ -1,18 +1,23 @@
 """The plan of a store: which rows it has and which rows one unit of work covers, frozen before any image is read.
 
 Rows are numbered here once and for all; an image that cannot be decoded later keeps its row. Texts are numbered by image, so the
-offsets alone say which texts belong to which image. Columns are Arrow arrays because a plan may hold 100 M keys.
+offsets alone say which texts belong to which image. A plan may hold 100 M keys: its columns are Arrow arrays in a mapped file, and no row of it stays in
+memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import mmap
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +27,8 @@ import pyarrow.parquet as pq
 
 from kdstore.data.source import Caption
 from kdstore.errors import ConfigError, DamagedStore, SourceError
-from kdstore.jsonfile import canonical_json, write_bytes
+from kdstore.jsonfile import canonical_json, disk_errors, replacing
+from kdstore.store.disk import mapped_int64, repeats, unnamed_file
 
 Side = Literal["image", "text"]
 SIDES: tuple[Side, Side] = ("image", "text")
@@ -51,32 +57,36 @@ class Unit:
 class Plan:
     """Keys [N], captions [M] with their kinds, offsets int64 [N + 1] (texts of image i are `offsets[i]:offsets[i + 1]`)."""
 
-    keys: pa.Array
-    captions: pa.Array
-    kinds: pa.Array
+    keys: pa.ChunkedArray
+    captions: pa.ChunkedArray
+    kinds: pa.ChunkedArray
     offsets: npt.NDArray[np.int64] = field(repr=False)
     unit_rows: int
     fingerprint: str
 
     @classmethod
-    def freeze(cls, source_rows: Iterable[tuple[str, tuple[Caption, ...]]], *, unit_rows: int = 16384) -> Plan:
-        """Number the (key, captions) pairs of a source; raises SourceError for a key that comes twice and ConfigError for a bad `unit_rows`.
+    def freeze(cls, source_rows: Iterable[tuple[str, tuple[Caption, ...]]], *, unit_rows: int = 16384, folder: Path | None = None) -> Plan:
+        """Number the (key, captions) pairs of a source; `folder` is where the unnamed file of its columns goes, by default where temporary files go.
 
-        `unit_rows` is a power of two, doubled until no side has more than 8,192 units.
+        `unit_rows` is a power of two, doubled until no side has more than 8,192 units. Raises SourceError for a key that comes twice, ConfigError for a bad
+        `unit_rows`, DiskFull, CannotWrite.
         """
         if unit_rows < 1 or unit_rows & (unit_rows - 1):
             raise ConfigError(f"unit_rows must be a power of two, found {unit_rows}.")
-        columns: list[pa.RecordBatch] = []
         digest = hashlib.sha256()
-        for pairs in _batches(source_rows):
-            for pair in pairs:
-                digest.update(_fingerprint_line(*pair))
-            columns.append(_as_batch(pairs))
-        table = pa.Table.from_batches(columns, _SCHEMA)
-        keys = _one(table["key"])
-        if pc.count_distinct(keys).as_py() < len(keys):
-            raise SourceError(f"Keys must be unique, but these come more than once: {', '.join(repeated(keys)[:5])}.", "Choose another key column.")
-        return _from_columns(table, f"sha256:{digest.hexdigest()}", unit_rows).within_limits()
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for pairs in _batches(source_rows):
+                for pair in pairs:
+                    digest.update(_fingerprint_line(*pair))
+                yield _as_batch(pairs)
+
+        with disk_errors(folder or Path(tempfile.gettempdir())), unnamed_file(folder) as f:
+            _write(f, batches())
+            table = _mapped(f)
+        if twice := _repeated_keys(table["key"], folder):
+            raise SourceError(f"Keys must be unique, but these come more than once: {', '.join(twice)}.", "Choose another key column.")
+        return _from_columns(table, f"sha256:{digest.hexdigest()}", unit_rows, folder).within_limits()
 
     def within_limits(self) -> Plan:
         """Return this plan with `unit_rows` doubled until no side has more than 8,192 units."""
@@ -115,27 +125,32 @@ class Plan:
         return {"images": self.num_images, "texts": self.num_texts, "unit_rows": self.unit_rows, "fingerprint": self.fingerprint}
 
     def save(self, path: Path) -> None:
-        """Write the plan as one parquet file, atomically."""
-        pairs = pa.StructArray.from_arrays([self.captions, self.kinds], ["text", "kind"])
-        captions = pa.LargeListArray.from_arrays(pa.array(self.offsets), pairs)
-        table = pa.table({"key": self.keys, "captions": captions}, _SCHEMA).replace_schema_metadata(
-            {"fingerprint": self.fingerprint, "unit_rows": str(self.unit_rows)}
-        )
-        write_bytes(path, parquet_bytes(table))
+        """Write the columns as one Arrow file, atomically; raises DiskFull, CannotWrite."""
+        with replacing(path) as f:
+            _write(f, self._record_batches())
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Read a saved plan and check its fingerprint; raises DamagedStore."""
+    def load(cls, path: Path, fingerprint: str, unit_rows: int) -> Plan:
+        """Map a saved plan and compare it with its fingerprint; raises DamagedStore."""
         try:
-            table = pq.read_table(path)
-            metadata = table.schema.metadata
-            plan = _from_columns(table, metadata[b"fingerprint"].decode(), int(metadata[b"unit_rows"]))
+            with open(path, "rb") as f:
+                table = _mapped(f)
+            table.validate(full=True)  # before anything follows an offset in it
+            plan = _from_columns(table, fingerprint, unit_rows, path.parent)
             found = fingerprint_of(plan._pairs())
-        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as e:
+        except (pa.ArrowException, OSError, ValueError) as e:
             raise DamagedStore(f"{path} is not a plan as kdstore writes it ({e}).", "Remove the folder and extract again.") from e
         if found != plan.fingerprint:
             raise DamagedStore(f"{path} does not match its fingerprint: expected {plan.fingerprint}, found {found}.", "Remove the folder and extract again.")
         return plan
+
+    def _record_batches(self) -> Iterator[pa.RecordBatch]:
+        for start in range(0, self.num_images, _BATCH):
+            offsets = self.offsets[start : start + _BATCH + 1]
+            texts = slice(int(offsets[0]), int(offsets[-1]))
+            pairs = pa.StructArray.from_arrays([_one(self.captions[texts]), _one(self.kinds[texts])], ["text", "kind"])
+            captions = pa.LargeListArray.from_arrays(pa.array(offsets - offsets[0]), pairs)
+            yield pa.record_batch([_one(self.keys[start : start + _BATCH]), captions], schema=_SCHEMA)
 
     def _pairs(self) -> Iterator[tuple[str, tuple[Caption, ...]]]:
         for start in range(0, self.num_images, _BATCH):
@@ -195,13 +210,42 @@ def _as_batch(pairs: list[tuple[str, tuple[Caption, ...]]]) -> pa.RecordBatch:
     return pa.record_batch([pa.array([key for key, _ in pairs], _SCHEMA.field(0).type), pa.array(captions, _SCHEMA.field(1).type)], schema=_SCHEMA)
 
 
-def _from_columns(table: pa.Table, fingerprint: str, unit_rows: int) -> Plan:
-    captions = _one(table["captions"])
-    flat = captions.flatten()
-    offsets = np.zeros(len(captions) + 1, np.int64)
-    np.cumsum(pc.list_value_length(captions).to_numpy(zero_copy_only=False), out=offsets[1:])
-    return Plan(_one(table["key"]), flat.field("text"), flat.field("kind"), offsets, unit_rows, fingerprint)
+def _write(file: IO[bytes], batches: Iterable[pa.RecordBatch]) -> None:
+    with pa.ipc.new_file(file, _SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    file.flush()
 
 
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+def _mapped(file: IO[bytes]) -> pa.Table:
+    """Return what `_write` wrote, none of it in memory; raises ArrowInvalid for other files, and ValueError for an empty one."""
+    reader = pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    if reader.schema != _SCHEMA:
+        raise pa.ArrowInvalid("other columns")
+    return pa.Table.from_batches([reader.get_batch(i) for i in range(reader.num_record_batches)], _SCHEMA)
+
+
+def _from_columns(table: pa.Table, fingerprint: str, unit_rows: int, folder: Path | None) -> Plan:
+    offsets, start = mapped_int64(len(table) + 1, folder), 0
+    for lists in table["captions"].chunks:
+        ends = offsets[start + 1 : start + 1 + len(lists)]
+        np.cumsum(pc.list_value_length(lists).to_numpy(zero_copy_only=False), out=ends)
+        ends += offsets[start]
+        start += len(lists)
+    flat = [lists.flatten() for lists in table["captions"].chunks]
+    captions, kinds = (pa.chunked_array([part.field(name) for part in flat], pa.large_string()) for name in ("text", "kind"))
+    return Plan(table["key"], captions, kinds, offsets, unit_rows, fingerprint)
+
+
+def _repeated_keys(keys: pa.ChunkedArray, folder: Path | None, at_most: int = 5) -> list[str]:
+    """Return some of the keys that come more than once: those of equal hashes, compared in full."""
+    hashes = (np.fromiter(map(hash, chunk.to_pylist()), np.int64, len(chunk)) for chunk in keys.chunks)
+    suspect = set(repeats(hashes, len(keys), folder)[:_BATCH].tolist())
+    if not suspect:
+        return []
+    counts = Counter(key for key in chain.from_iterable(chunk.to_pylist() for chunk in keys.chunks) if hash(key) in suspect)
+    return [key for key, count in counts.items() if count > 1][:at_most]
+
+
+def _one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -35,7 +35,7 @@ UNITS = "units"
 PARTS = "parts"
 BUILD_JSON = "build.json"
 GROUP = "zarr.json"
-PLAN = "plan.parquet"
+PLAN = "plan.arrow"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ def read_begun(path: str | Path) -> Begun:
         raise StoreNotFound(f"No store is being written at {path}.", "Check the path, or begin one with: kdstore extract --out PATH.")
     said = read_json(build / BUILD_JSON)
     arrays = tuple(ArraySpec.from_metadata(name, metadata) for name, metadata in said["arrays"].items())
-    return Begun(Plan.load(build / PLAN), arrays, said["identity"])
+    return Begun(Plan.load(build / PLAN, said["plan"]["fingerprint"], said["plan"]["unit_rows"]), arrays, said["identity"])
 
 
 class StoreWriter:
