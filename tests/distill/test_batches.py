@@ -19,6 +19,7 @@ from PIL import Image
 from kdstore.data.scenes import Scenes
 from kdstore.data.source import Caption, LoadedImage, Source, UndecodableImage
 from kdstore.distill.batches import BatchPlan, Maker
+from kdstore.distill.encoded import row_tensors
 from kdstore.distill.pairs import Pairs, pairs_of_source, pairs_of_store
 from kdstore.distill.targets import StoreTargets
 from kdstore.distill.views import Kept, split_preprocess
@@ -137,8 +138,9 @@ def test_every_target_is_that_of_the_image_and_the_caption_shown(
         with torch.inference_mode():
             image_BD = teacher.clip.encode_image(finish(batch.views_BCHW))
             text_BD = teacher.clip.encode_text(batch.tokens_BL)
-        torch.testing.assert_close(batch.teacher_image_BD, image_BD, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(batch.teacher_text_BD, text_BD, rtol=1e-4, atol=1e-5)
+        (target,) = batch.told.teachers
+        torch.testing.assert_close(target.image_BD, image_BD, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(target.text_BD, text_BD, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_do_not_depend_on_threads_or_memory(source: Scenes, store: Path, teacher: Model) -> None:
@@ -148,7 +150,7 @@ def test_batches_do_not_depend_on_threads_or_memory(source: Scenes, store: Path,
 
     def batches(threads: int, memory: int) -> list[torch.Tensor]:
         make = maker(pairs, 8, source=source, targets=targets, keep=keep, tokenizer=teacher.tokenizer, kept=Kept(memory))
-        return [t for batch in read_ahead(make, range(3, 12), threads) for t in vars(batch).values()]
+        return [t for batch in read_ahead(make, range(3, 12), threads) for t in row_tensors(batch)]
 
     assert all(torch.equal(a, b) for a, b in zip(batches(1, 0), batches(5, 2**30), strict=True))
 

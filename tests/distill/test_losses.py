@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdstore.distill.encoded import Encoded, Supervision, TeacherRows, map_rows
 from kdstore.distill.losses import LOSSES, Features, Recipe, Term, crd, describe_losses, feature_weight, icl_exp, needs_of, parse_loss, teacher_ce
 from kdstore.distill.losses import icl as literal_icl
 from kdstore.distill.objective import Objective, positives
@@ -143,8 +144,8 @@ def build(name: str, student_dim: int, teacher_dim: int, *, ids: list[int], proj
 def evaluate(objective: Objective, x: Inputs, ids: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss, and the leaves that gradients are taken of, named as in Inputs."""
     leaves = {n: torch.tensor(getattr(x, n), dtype=torch.float64, requires_grad=True) for n in ("image", "text", "scale", "teacher_image", "teacher_text")}
-    target = positives(torch.tensor(ids)).double()
-    loss, _ = objective(leaves["image"], leaves["text"], leaves["scale"], target, leaves["teacher_image"], leaves["teacher_text"])
+    told = Supervision(torch.tensor(ids), teachers=(TeacherRows(leaves["teacher_image"], leaves["teacher_text"]),))
+    loss, _ = objective(Encoded(leaves["image"], leaves["text"]), leaves["scale"], None, told)
     return loss, leaves
 
 
@@ -224,9 +225,9 @@ def test_half_precision_embeddings_give_the_float32_loss(name: str) -> None:
     objective, x = build(name, 6, 9, ids=[0, 1, 2, 3])
     objective.float()
     halves = [torch.tensor(a, dtype=torch.float16) for a in (x.image, x.text, x.teacher_image, x.teacher_text)]
-    target, scale = positives(torch.arange(4)), torch.tensor(x.scale)
-    low, _ = objective(halves[0], halves[1], scale, target, halves[2], halves[3])
-    high, _ = objective(halves[0].float(), halves[1].float(), scale, target, halves[2].float(), halves[3].float())
+    half = Encoded(halves[0], halves[1]), torch.tensor(x.scale), None, Supervision(torch.arange(4), teachers=(TeacherRows(halves[2], halves[3]),))
+    low, _ = objective(*half)
+    high, _ = objective(*map_rows(lambda t: t.float() if t.dtype == torch.float16 else t, half))
     assert low.dtype == torch.float32
     assert low == high
 
@@ -379,9 +380,10 @@ def test_targets_over_equal_captions_and_the_published_identity_agree_where_equa
     objective, x = build(name, 6, 9, ids=ids)
     x = dataclasses.replace(x, text=x.text[ids], teacher_text=x.teacher_text[ids])
     found = []
-    for target in (x.target, np.eye(5)):
+    for labels in (ids, [0, 1, 2, 3, 4]):
         image, text = (torch.tensor(a, requires_grad=True) for a in (x.image, x.text))
-        loss, _ = objective(image, text, torch.tensor(x.scale), torch.tensor(target), torch.tensor(x.teacher_image), torch.tensor(x.teacher_text))
+        told = Supervision(torch.tensor(labels), teachers=(TeacherRows(torch.tensor(x.teacher_image), torch.tensor(x.teacher_text)),))
+        loss, _ = objective(Encoded(image, text), torch.tensor(x.scale), None, told)
         (by_image,) = torch.autograd.grad(loss, image, retain_graph=True)
         (by_text,) = torch.autograd.grad(loss, text)
         by_caption = torch.zeros(3, 6, dtype=torch.float64).index_add(0, torch.tensor(ids), by_text)  # one caption is one embedding

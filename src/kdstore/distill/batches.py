@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kdstore.data.source import Source, UndecodableImage
+from kdstore.distill.encoded import Supervision, TeacherRows, map_rows
 from kdstore.distill.pairs import Pairs, Rows
 from kdstore.distill.targets import Targets
 from kdstore.distill.views import Kept, Pixels
@@ -60,24 +61,19 @@ class BatchPlan:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch, ready for the step: kept views [B, C, H, W], tokens [B, L], and the id of each caption [B]."""
+    """One batch, ready for the step: kept views [B, C, H, W], tokens [B, L], and what it is supervised with."""
 
     views_BCHW: Tensor
     tokens_BL: Tensor
-    caption_ids_B: Tensor
-    teacher_image_BD: Tensor | None = None
-    teacher_text_BD: Tensor | None = None
+    told: Supervision
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`, without waiting where the batch is pinned."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self._tensors()))  # type: ignore[arg-type]
+        return map_rows(lambda t: t.to(device, non_blocking=True), self)
 
     def pinned(self) -> Batch:
         """Copy to page-locked memory."""
-        return Batch(*(None if t is None else t.pin_memory() for t in self._tensors()))  # type: ignore[arg-type]
-
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.views_BCHW, self.tokens_BL, self.caption_ids_B, self.teacher_image_BD, self.teacher_text_BD
+        return map_rows(Tensor.pin_memory, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +98,15 @@ class Maker:
         batch = Batch(
             torch.from_numpy(self.kept.get("view", (pairs_B * self._num_views + views_B).tolist(), self._pixels)),
             torch.from_numpy(self.kept.get("tokens", caption_ids_B.tolist(), self._tokens)).long(),
-            torch.from_numpy(caption_ids_B),
-            None if self.targets is None else torch.from_numpy(self.targets.image_embeddings(self.pairs.target_rows[pairs_B], views_B)),
-            None if self.targets is None else torch.from_numpy(self.targets.text_embeddings(text_rows_B)),
+            Supervision(torch.from_numpy(caption_ids_B), teachers=self._teachers(pairs_B, views_B, text_rows_B)),
         )
         return batch.pinned() if self.pin else batch
+
+    def _teachers(self, pairs_B: Rows, views_B: Rows, text_rows_B: Rows) -> tuple[TeacherRows, ...]:
+        if self.targets is None:
+            return ()
+        image_BD = self.targets.image_embeddings(self.pairs.target_rows[pairs_B], views_B)
+        return (TeacherRows(torch.from_numpy(image_BD), torch.from_numpy(self.targets.text_embeddings(text_rows_B))),)
 
     def text_rows(self, step: int) -> Rows:
         """Return the text row [B] of the caption that each pair of a step shows."""

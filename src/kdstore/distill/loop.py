@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from kdstore.distill.batches import Batch
 from kdstore.distill.config import DistillConfig
-from kdstore.distill.objective import Objective, positives
+from kdstore.distill.encoded import Encoded
+from kdstore.distill.objective import Objective
 from kdstore.distill.optimiser import MAX_LOG_SCALE, learning_rate, make_optimiser
 from kdstore.distill.runfolder import Log, save_checkpoint
 from kdstore.errors import Interrupted, RunError
@@ -50,15 +51,18 @@ class Training:
         self.optimiser = make_optimiser(self.parameters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
 
+    def encode(self, batch: Batch) -> Encoded:
+        """Run the student's towers on a batch, or a part of one."""
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            image_BS = self.clip.encode_image(self.finish(batch.views_BCHW), normalize=False)  # type: ignore[operator]
+            return Encoded(image_BS, self.clip.encode_text(batch.tokens_BL, normalize=False))  # type: ignore[operator]
+
     def take(self, batch: Batch) -> Tensor:
         """Take one optimisation step; returns `names` as one tensor on the device."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            image_BS = self.clip.encode_image(self.finish(batch.views_BCHW), normalize=False)  # type: ignore[operator]
-            text_BS = self.clip.encode_text(batch.tokens_BL, normalize=False)  # type: ignore[operator]
-        scale = self.clip.logit_scale.exp()  # type: ignore[operator]
-        loss, values = self.objective(image_BS, text_BS, scale, positives(batch.caption_ids_B), batch.teacher_image_BD, batch.teacher_text_BD)
+        scale, bias = self.clip.logit_scale.exp(), getattr(self.clip, "logit_bias", None)  # type: ignore[operator]
+        loss, values = self.objective(self.encode(batch), scale, bias, batch.told)
         self.optimiser.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdstore.distill.encoded import Encoded, Supervision
 from kdstore.distill.losses import ABSENT, Features, parse_loss, terms_of
 
 
@@ -41,26 +42,19 @@ class Objective(nn.Module):
         has_scale = any(term.cross_scale for term in self.terms.values())
         self.cross_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07))) if has_scale else None
 
-    def forward(
-        self,
-        image_BS: Tensor,
-        text_BS: Tensor,
-        scale: Tensor,
-        positives_BB: Tensor,
-        teacher_image_BD: Tensor | None = None,
-        teacher_text_BD: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum and the unweighted value of each term.
+    def forward(self, encoded: Encoded, scale: Tensor, bias: Tensor | None, told: Supervision) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum and the unweighted value of each term, of a whole global batch: a pure function of what it is given and its parameters.
 
-        Embeddings are as the towers return them, before normalisation, in any float type; `scale` is exponentiated. No gradient reaches the teacher's.
+        Embeddings are as the towers return them, before normalisation, in any float type; `scale` is exponentiated. No gradient reaches the teachers'.
         """
-        image_BS, text_BS = _at_least_float32(image_BS), _at_least_float32(text_BS)
+        image_BS, text_BS = _at_least_float32(encoded.image_BS), _at_least_float32(encoded.text_BS)
+        positives_BB = positives(told.caption_ids_B).to(image_BS.dtype)
         features = Features(F.normalize(image_BS, dim=1), F.normalize(text_BS, dim=1), scale, positives_BB)
-        if teacher_image_BD is not None and teacher_text_BD is not None:
+        for teacher in told.teachers:
             features = replace(
                 features,
-                teacher_image_BD=F.normalize(_at_least_float32(teacher_image_BD.detach()), dim=1),
-                teacher_text_BD=F.normalize(_at_least_float32(teacher_text_BD.detach()), dim=1),
+                teacher_image_BD=F.normalize(_at_least_float32(teacher.image_BD.detach()), dim=1),
+                teacher_text_BD=F.normalize(_at_least_float32(teacher.text_BD.detach()), dim=1),
                 teacher_scale=self.teacher_scale,
                 projected_image_BD=F.normalize(self.image_projector(image_BS), dim=1),
                 projected_text_BD=F.normalize(self.text_projector(text_BS), dim=1),
