@@ -112,9 +112,10 @@ def make_store(source: Scenes, teacher: Model, features: Features, tmp_path_fact
         plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=16)
         dim = teacher.embed_dim
         arrays = [embedding_array(plan, side, dim, dtype=dtype) for side in ("image", "text") if side in sides]
+        known = {name: teacher.identity["teacher"][name] for name in ("config", "weights_sha256")}
         identity = {
             "format": 1,
-            "teacher": {"name": "scenes-T", "embed_dim": dim, "logit_scale": logit_scale, "logit_bias": None},
+            "teacher": {"name": "scenes-T", "embed_dim": dim, "logit_scale": logit_scale, "logit_bias": None, **known},
             "source": {"fingerprint": plan.fingerprint},
         }
         image = features.image.copy()

@@ -120,7 +120,9 @@ def extract(
 def distill(
     cache: Annotated[str | None, typer.Option(help="The store of the teacher's features; without one, the student learns alone.")] = None,
     data: Data = None,
-    student: Annotated[str | None, typer.Option(help="An open_clip architecture, ViT-T-16 or scenes-T.")] = None,
+    student: Annotated[str | None, typer.Option(help="See 'kdstore list students'; any open_clip architecture or config.json too.")] = None,
+    init: Annotated[str | None, typer.Option(help="First weights: scratch, a run folder, a file or tag, inherit[:MODEL] (docs/students.md).")] = None,
+    text_tower: Annotated[str | None, typer.Option(help="own, copied (starts as the teacher's), or frozen (the cached embeddings stand for it).")] = None,
     loss: Annotated[str | None, typer.Option(help="See 'kdstore list losses'; sums like 'clip + 1*crd' too.")] = None,
     out: Annotated[str | None, typer.Option(help="The run folder.")] = None,
     samples: Annotated[int | None, typer.Option(help="Image-caption pairs to see in all.")] = None,
@@ -136,6 +138,7 @@ def distill(
     from kdstore.distill.config import DistillConfig
 
     options = {"cache": cache, "data": data, "student": student, "loss": loss, "out": out, "samples": samples, "batch_size": batch_size}
+    options |= {"init": init, "text_tower": text_tower}
     config = config_of(DistillConfig, "distill", recipe, settings, {**options, "seed": seed, "resume": resume, "device": device})
     from kdstore.distill import train
 

@@ -25,11 +25,13 @@ def list_teachers(as_json: Json = False) -> None:
 
 @list_app.command("students")
 def list_students(as_json: Json = False) -> None:
-    """List the architectures that kdstore adds to open_clip's (any of which can be a student)."""
-    from kdstore.models.names import CONFIGS
+    """List the ready students with their parameters and multiply-accumulates; any other architecture or config file can be one too."""
+    from dataclasses import asdict
 
-    names = sorted(p.stem for p in CONFIGS.glob("*.json"))
-    show({"students": names}, as_json, text="\n".join([*names, "... and every open_clip architecture ('kdstore list teachers')"]))
+    from kdstore.distill.students import STUDENTS, student_table
+
+    table = f"{student_table()}\nAny other architecture of open_clip ('kdstore list teachers') or config file (small.json) can be a student too."
+    show({name: asdict(student) for name, student in STUDENTS.items()}, as_json, text=table)
 
 
 @list_app.command("losses")

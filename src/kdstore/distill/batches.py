@@ -85,7 +85,7 @@ class Maker:
     source: Source
     targets: Targets | None
     keep: Callable[..., Pixels]
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Callable[[list[str]], Tensor] | None  # None: the teacher's text embeddings stand where tokens would
     kept: Kept
     stored: StoredViews | None = None  # the views to show; None: the plain one alone
     pin: bool = False
@@ -95,10 +95,11 @@ class Maker:
         pairs_B = self.plan.batch(step)
         text_rows_B, views_B = self.text_rows(step), self.views(step)
         caption_ids_B = self.pairs.caption_ids[text_rows_B]
+        teachers = self._teachers(pairs_B, views_B, text_rows_B)
         batch = Batch(
             torch.from_numpy(self.kept.get("view", (pairs_B * self._num_views + views_B).tolist(), self._pixels)),
-            torch.from_numpy(self.kept.get("tokens", caption_ids_B.tolist(), self._tokens)).long(),
-            Supervision(torch.from_numpy(caption_ids_B), teachers=self._teachers(pairs_B, views_B, text_rows_B)),
+            teachers[0].text_BD.float() if self.tokenizer is None else torch.from_numpy(self.kept.get("tokens", caption_ids_B.tolist(), self._tokens)).long(),
+            Supervision(torch.from_numpy(caption_ids_B), teachers=teachers),
         )
         return batch.pinned() if self.pin else batch
 
@@ -144,5 +145,6 @@ class Maker:
         return self.keep(loaded.image if self.stored is None else self.stored.picture(loaded.image, target, view))
 
     def _tokens(self, caption_ids: list[int]) -> list[npt.NDArray[np.int32]]:
+        assert self.tokenizer is not None
         with self.one_tokenizer:
             return list(self.tokenizer([self.pairs.captions[i].as_py() for i in caption_ids]).to(torch.int32).numpy())

@@ -15,6 +15,10 @@ class DistillConfig:
     cache: str | None = None  # the store; without one the loss must be the task alone
     data: str | None = None  # the source of images; default: the one that the store records
     student: str = "ViT-T-16"
+    init: str = "scratch"  # or a model folder, a file or tag of the student's architecture, or inherit[:MODEL], by default the teacher (docs/students.md)
+    inherit_layers: str = "even"  # or first: which layers of a deeper model are inherited
+    text_tower: str = "own"  # copied: starts as the teacher's; frozen: is the teacher's, and the store's embeddings stand for it
+    teacher_weights: str | None = None  # the teacher as a model's name, where the store's name for it does not lead to its weights
     loss: str = "clip-kd"
     out: str | None = None  # default: runs/<student>_<loss>_<store>_seed<seed>
     resume: bool = False
@@ -43,6 +47,11 @@ class DistillConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UnknownName.of(f"value of {name}", getattr(self, name), known)
+        if self.text_tower != "own" and not self.cache:
+            raise ConfigError(f"A student with a {self.text_tower} text tower takes it from the teacher of a store, and there is none.", "Give --cache STORE.")
+        if self.text_tower == "frozen" and self.projector == "always":
+            found = "A student with the teacher's frozen text tower is in the teacher's space, where projector=always has nothing to project to."
+            raise ConfigError(found, "Leave projector at auto.")
         if self.samples is not None and self.epochs is not None:
             raise ConfigError(f"Both samples ({self.samples}) and epochs ({self.epochs}) are given.", "Give one of them.")
         if self.samples is not None and self.samples < self.batch_size:
@@ -61,6 +70,8 @@ class DistillConfig:
 
 
 CHOICES = {
+    "inherit_layers": ("even", "first"),
+    "text_tower": ("own", "copied", "frozen"),
     "projector": ("auto", "always"),
     "views": ("auto", "stored", "plain"),
     "changed_images": ("refuse", "allow"),
@@ -75,5 +86,5 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63),
 }
 
-MACHINE = ("cache", "data", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every")
+MACHINE = ("cache", "data", "teacher_weights", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every")
 """Left out of what decides a result; the store enters by its digest and the source by its fingerprint, not by their paths."""

@@ -76,10 +76,15 @@ def load_checkpoint(path: Path, settings: dict[str, Any], device: torch.device) 
     return state
 
 
-def export_student(path: Path, clip: nn.Module, config: dict[str, Any]) -> None:
-    """Write the student so that `open_clip.create_model("local-dir:PATH")` loads it; `config` is open_clip's, with `model_cfg` and `preprocess_cfg`."""
+def export_student(path: Path, clip: nn.Module, config: dict[str, Any], tokenizer: Any = None) -> None:
+    """Write the student so that `open_clip.create_model("local-dir:PATH")` loads it; `config` is open_clip's, with `model_cfg` and `preprocess_cfg`.
+
+    A tokenizer that has files of its own (Hugging Face's) goes with it, because open_clip looks for them in the same folder.
+    """
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in clip.state_dict().items()}
     write_bytes(path / "open_clip_model.safetensors", save(weights))
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(path)
     write_bytes(path / "open_clip_config.json", json.dumps(config, indent=1).encode() + b"\n")
 
 

@@ -21,9 +21,10 @@ from kdstore.config import as_dict
 from kdstore.data.source import Source
 from kdstore.data.sources import open_source
 from kdstore.distill.batches import BatchPlan, Maker
+from kdstore.distill.building import Student, build_student, whole_student
 from kdstore.distill.config import MACHINE, DistillConfig
 from kdstore.distill.loop import Training, train
-from kdstore.distill.losses import feature_weight, needs_of, parse_loss
+from kdstore.distill.losses import EMBEDDINGS, feature_weight, needs_of, parse_loss
 from kdstore.distill.objective import Objective
 from kdstore.distill.optimiser import choose_precision
 from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_store
@@ -32,7 +33,7 @@ from kdstore.distill.targets import StoreTargets, Targets, views_to_show
 from kdstore.distill.views import Kept, split_preprocess
 from kdstore.errors import ConfigError, RunError
 from kdstore.jsonfile import digest_of, read_json, write_json
-from kdstore.models.load import DTYPES, Model, load_model, parameter_counts, pick_device
+from kdstore.models.load import DTYPES, Model, parameter_counts, pick_device
 from kdstore.progress import OnProgress, silent
 from kdstore.store import Store, fingerprint_of, open_store
 
@@ -63,6 +64,8 @@ def distill(config: DistillConfig, *, source: Source | None = None, targets: Tar
     Interrupted for Ctrl-C, with the way to go on.
     """
     needs = needs_of(parse_loss(config.loss))
+    if config.text_tower == "frozen":
+        needs = tuple(dict.fromkeys((*needs, *EMBEDDINGS)))
     if needs and config.cache is None and targets is None:
         raise ConfigError(f"The loss '{config.loss}' needs a teacher's {', '.join(needs)}, but there is no store.", "Give --cache STORE, or --loss none.")
     store = None if config.cache is None else open_store(config.cache)
@@ -83,7 +86,8 @@ def distill(config: DistillConfig, *, source: Source | None = None, targets: Tar
     if pairs.left_out.keys() - {INVALID}:
         on_progress("warning", 0, 0, f"trains on {len(pairs)} pairs; left out: {', '.join(f'{n} {reason}' for reason, n in pairs.left_out.items())}")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model = load_model(config.student, untrained=True, seed=config.seed, device=str(device))
+        student = build_student(config, store, device)
+        model = student.model
         keep, finish = split_preprocess(model.preprocess)
         training = _start(config, model, targets if needs else None, plan, finish, DTYPES[settings["precision"]])
         if state == "unfinished":
@@ -91,11 +95,13 @@ def distill(config: DistillConfig, *, source: Source | None = None, targets: Tar
         else:
             begin_run(config.run_path, settings)
         kept = Kept(int(config.memory_gib * 2**30))
-        make = Maker(plan, pairs, source, targets if needs else None, keep, model.tokenizer, kept, stored, pin=device.type == "cuda")
+        tokenizer = None if config.text_tower == "frozen" else model.tokenizer
+        make = Maker(plan, pairs, source, targets if needs else None, keep, tokenizer, kept, stored, pin=device.type == "cuda")
         train(training, make, config.run_path, digest_of(settings), on_progress)
-    export_student(config.run_path, model.clip.eval(), model.config)
+        student = whole_student(student, config, store)
+    export_student(config.run_path, student.model.clip.eval(), student.model.config, student.model.tokenizer)
     result = _result(config.run_path, pairs, training)
-    write_json(config.run_path / RUN, _provenance(settings, store, source, pairs, plan, model, training, result))
+    write_json(config.run_path / RUN, _provenance(settings, store, source, pairs, plan, student, training, result))
     return result
 
 
@@ -143,10 +149,10 @@ def _result(path: Path, pairs: Pairs, t: Training) -> DistillResult:
 
 
 def _provenance(
-    settings: dict[str, Any], store: Store | None, source: Source, pairs: Pairs, plan: BatchPlan, model: Model, t: Training, result: DistillResult
+    settings: dict[str, Any], store: Store | None, source: Source, pairs: Pairs, plan: BatchPlan, student: Student, t: Training, result: DistillResult
 ) -> dict[str, Any]:
     """What run.json says: where the student comes from and what making it took."""
-    objective, projector = t.objective, t.objective.image_projector
+    objective, projector, model = t.objective, t.objective.image_projector, student.model
     return {
         "stage": "distill",
         "settings": settings,
@@ -160,7 +166,7 @@ def _provenance(
             "weight_on_one_minus_cos": None if objective.teacher_dim is None else feature_weight(objective.weights, objective.teacher_dim),
             "projector": [projector.in_features, projector.out_features] if isinstance(projector, torch.nn.Linear) else None,
         },
-        "student": {"name": model.name.name, "config": model.config, "parameters": parameter_counts(model.clip)},
+        "student": {"name": model.name.name, "config": model.config, "parameters": parameter_counts(model.clip), "started_from": student.started_from},
         "result": {name: value for name, value in as_dict(result).items() if name not in ("path", "pairs", "left_out", "already_done")},
         "machine": {"device": str(t.device), "platform": platform.platform(), "threads": torch.get_num_threads()},
         "versions": {

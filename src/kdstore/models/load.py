@@ -90,9 +90,11 @@ def load_model(
     seed: int = 0,
     compile: bool = False,
     channels_last: bool = False,
+    changed: dict[str, Any] | None = None,
 ) -> Model:
     """Load a model by name (see `names.resolve`); `untrained` draws random weights from `seed` instead, and then no weights may be named.
 
+    `changed` replaces entries of an untrained model's config, such as `embed_dim`; its tokenizer stays that of the name.
     `compile` compiles its towers at the first batch; `channels_last` lays images and convolutions out so. Both are a matter of speed.
 
     Raises UnknownName and ModelError as `resolve` does, and ModelError where weights cannot be found or do not fit.
@@ -101,7 +103,7 @@ def load_model(
     target = pick_device(device)
     if precision not in DTYPES:
         raise ConfigError(f"Unknown precision '{precision}'.", f"Known: {', '.join(DTYPES)}.")
-    clip, config, tokenizer = _build(resolved, untrained, seed)
+    clip, config, tokenizer = _build(resolved, untrained, seed, changed or {})
     # Built from the config alone, so that what was hashed is what runs.
     preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
     clip.eval()
@@ -125,23 +127,27 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def _build(resolved: ModelName, untrained: bool, seed: int) -> tuple[torch.nn.Module, dict[str, Any], Callable[[list[str]], torch.Tensor]]:
+def _build(
+    resolved: ModelName, untrained: bool, seed: int, changed: dict[str, Any]
+) -> tuple[torch.nn.Module, dict[str, Any], Callable[[list[str]], torch.Tensor]]:
     if untrained:
         torch.manual_seed(seed)
     options = {"load_weights": False, "pretrained_text": False} if untrained else {"require_pretrained": True}
+    custom_text = bool(changed.get("custom_text"))  # open_clip takes it out of the config before it lets entries be replaced
+    replaced = {name: value for name, value in changed.items() if name != "custom_text"}
     try:
         with _quiet():
             model_config = open_clip.get_model_config(resolved.open_clip_name)
             _refuse_ragged(model_config, resolved)
             tokenizer = open_clip.get_tokenizer(resolved.open_clip_name)
-            clip = open_clip.create_model(resolved.open_clip_name, pretrained=resolved.pretrained, **options)
+            clip = open_clip.create_model(resolved.open_clip_name, pretrained=resolved.pretrained, force_custom_text=custom_text, **options, **replaced)
     except KdstoreError:
         raise
     except ModuleNotFoundError as e:
         raise ModelError(f"{resolved.name} needs the package {e.name}.", "Install it: pip install 'kdstore[hf]'.") from e
     except Exception as e:  # open_clip lets through whatever the hub client, torch, safetensors or its own checks raise
         raise ModelError(f"Cannot load {resolved.name}: {_first_line(e)}", _loading_hint(resolved)) from e
-    return clip, {"model_cfg": model_config, "preprocess_cfg": dict(clip.visual.preprocess_cfg)}, tokenizer
+    return clip, {"model_cfg": {**model_config, **changed}, "preprocess_cfg": dict(clip.visual.preprocess_cfg)}, tokenizer
 
 
 def _refuse_ragged(model_config: dict[str, Any], resolved: ModelName) -> None:

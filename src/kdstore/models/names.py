@@ -1,7 +1,8 @@
 """What a user may call a model, and what that resolves to; decides nothing about weights.
 
-A name is an open_clip architecture (with a tag or a checkpoint file), one of our configs, `hf-hub:ORG/NAME`, `local-dir:PATH`, a run
-folder, or a built-in demo teacher. An architecture without a tag gets its only tag, or the default of the table below.
+A name is an open_clip architecture (with a tag or a checkpoint file), one of our configs, the path of a config (`small.json`, then called
+`small`), `hf-hub:ORG/NAME`, `local-dir:PATH`, a run folder, or a built-in demo teacher. An architecture without a tag gets its only tag, or
+the default of the table below.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from kdstore.errors import ModelError, UnknownName
 
 CONFIGS = Path(__file__).parent / "configs"
 DEMO_TEACHERS = Path(__file__).parents[1] / "demo" / "teachers"
+
+CONFIG_PARTS = ("embed_dim", "vision_cfg", "text_cfg")
 
 # The weights a paper most likely means by the bare architecture.
 DEFAULT_TAGS = {
@@ -63,6 +66,25 @@ def _register_configs() -> None:
     open_clip.add_model_config(CONFIGS)
 
 
+def _register_file(path: Path) -> str:
+    """Make an architecture of the config in a JSON file, called by its stem; raises ModelError for what is no config, and for a name that means another."""
+    import open_clip
+
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ModelError(f"Cannot read the model config {path}: {e}.", "Give a JSON file with embed_dim, vision_cfg and text_cfg.") from e
+    missing = [part for part in CONFIG_PARTS if not isinstance(config, dict) or part not in config]
+    if missing:
+        raise ModelError(f"{path} is no model config: it has no {', '.join(missing)}.", "A folder with an open_clip_config.json is named by its path instead.")
+    known = open_clip.get_model_config(path.stem)
+    if known is None:
+        open_clip.add_model_config(path)
+    elif known != config:
+        raise ModelError(f"{path} describes another model than the {path.stem} that is known already.", "Rename the file: its name becomes the model's.")
+    return path.stem
+
+
 def architectures() -> list[str]:
     """List all architectures: open_clip's and ours."""
     import open_clip
@@ -95,7 +117,7 @@ def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False
         _check_folder(folder, name, untrained)
         return ModelName(name, f"local-dir:{folder}", None, _path_safe(folder.resolve().name))
     typed, _, tag = name.partition(":")
-    arch = typed.replace("/", "-")
+    arch = _register_file(Path(typed)) if typed.endswith(".json") else typed.replace("/", "-")
     if arch not in architectures():
         hint = "'kdstore list teachers' shows them all; a folder needs an open_clip_config.json."
         raise UnknownName.of("model", typed, [*architectures(), *demo_teachers()], hint)
