@@ -7,6 +7,7 @@ The command line shows both in one line and exits with 1. Anything else that is 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -96,10 +97,11 @@ class CannotWrite(KdstoreError, OSError):
 
 
 class Interrupted(KdstoreError):
-    """Ctrl-C came, and what was finished is kept: run the same command again. The command line exits with 130."""
+    """Ctrl-C or another signal came, and what was finished is kept: run the same command again. The command line exits with 128 + `signum`."""
 
-    def __init__(self, message: str, hint: str = "The same command goes on from there (distill: add --resume).") -> None:
+    def __init__(self, message: str, hint: str = "The same command goes on from there (distill: add --resume).", signum: int = signal.SIGINT) -> None:
         super().__init__(message, hint)
+        self.signum = signum
 
 
 class RunError(KdstoreError, ValueError):

@@ -136,7 +136,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_one_that_never_stopped(stop: 
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
     assert result.losses == whole.losses
     a, b = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "whole")
-    for part in ("clip", "objective", "optimiser", "scaler", "random"):
+    for part in ("clip", "objective", "optimiser", "scaler", "average"):
         assert same(a[part], b[part]), part
     name = "open_clip_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -286,23 +286,6 @@ def test_a_gradient_that_overflows_in_fp16_skips_its_step_and_the_run_goes_on(co
     assert math.isfinite(lines[-1]["grad_norm"])
     assert lines[-1]["fd"] < lines[0]["fd"]
     assert checkpoint(config.out or "")["scaler"]["scale"] < 65536
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(config: DistillConfig, source: Scenes, live_teacher: Callable[..., Any]) -> None:
-    class Breaking:
-        dim, logit_scale, batches = 64, 14.0, 0
-
-        def image_embeddings(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-            self.batches += 1
-            return np.full((len(rows), 64), np.nan if self.batches == 4 else 1.0, np.float32)
-
-        def text_embeddings(self, rows: np.ndarray) -> np.ndarray:
-            return np.ones((len(rows), 64), np.float32)
-
-    config = dataclasses.replace(config, cache=None, threads=1, log_every=5, loss="clip + crd")
-    with pytest.raises(RunError, match="broke at step 4: loss is nan, crd is nan, grad_norm is nan"):
-        distill(config, source=source, targets=Breaking())
-    assert not (Path(config.out or "") / "checkpoint.pt").exists()
 
 
 def test_matrices_decay_and_gains_biases_and_scales_do_not(student: str) -> None:

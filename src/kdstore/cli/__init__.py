@@ -40,7 +40,7 @@ def main() -> None:
         sys.exit(_run())
     except Interrupted as e:
         say(f"interrupted: {e}")
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(128 + e.signum)
     except KdstoreError as e:
         say(f"error: {e}")
         sys.exit(1)

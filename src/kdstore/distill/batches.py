@@ -1,9 +1,9 @@
 """The plan of batches and the making of one.
 
-What a step trains on is a pure function of (seed, step): the store's order of the pairs per epoch, and one caption per (seed, epoch, pair), drawn by the same
-hash. Of a store with augmented views an image shows one view per epoch, all of them in turn from one that the hash says, and the target is asked for by the
-same number. So batches depend neither on the number of threads nor on the version of NumPy, and a run resumes at any step. The short last batch of an
-epoch is dropped, because contrastive terms would change their meaning in it.
+What a step trains on is a pure function of (seed, step), however many processes share it: the store's order of the pairs per epoch, and one caption per
+(seed, epoch, pair), drawn by the same hash. Of a store with augmented views an image shows one view per epoch, all of them in turn from one that the hash
+says, and the target is asked for by the same number. So batches depend neither on the number of threads nor on the version of NumPy, and a run resumes at
+any step. The short last batch of an epoch is dropped, because contrastive terms would change their meaning in it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kdstore.data.source import Source, UndecodableImage
+from kdstore.distill.distributed import Share
 from kdstore.distill.encoded import Supervision, TeacherRows, map_rows
 from kdstore.distill.pairs import Pairs, Rows
 from kdstore.distill.targets import Targets
@@ -29,11 +30,12 @@ from kdstore.store.order import CAPTION, VIEW, Order, draw
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which pairs make which batch."""
+    """Which pairs make which batch, and which of them are this process's `share` (None: all)."""
 
     num_pairs: int
     batch_size: int
     seed: int
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         if self.num_pairs < self.batch_size:
@@ -54,9 +56,9 @@ class BatchPlan:
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> Rows:
-        """Return the pairs [B] of a step."""
-        start = step % self.steps_per_epoch * self.batch_size
-        return Order(self.num_pairs, self.seed).rows(self.epoch(step), np.arange(start, start + self.batch_size))
+        """Return the pairs [B] of a step, B those of the share."""
+        places_B = np.arange(self.batch_size) if self.share is None else self.share.places
+        return Order(self.num_pairs, self.seed).rows(self.epoch(step), step % self.steps_per_epoch * self.batch_size + places_B)
 
 
 @dataclass(frozen=True, eq=False)

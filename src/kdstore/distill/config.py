@@ -24,7 +24,8 @@ class DistillConfig:
     resume: bool = False
     samples: int | None = None  # pairs seen in all; give this or epochs
     epochs: int | None = None  # default: 32, as CLIP-KD
-    batch_size: int = 256
+    batch_size: int = 256  # pairs that are contrasted with each other, of all processes together
+    micro_batch: int | None = None  # pairs that a process encodes at once; default: its whole part of the batch (docs/training.md)
     lr: float = 1e-3
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -32,14 +33,18 @@ class DistillConfig:
     eps: float = 1e-6
     warmup: float = 0.05  # share of all steps
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
+    max_skipped: int = 10  # steps in a row whose loss or gradient is not finite, each left out, after which the run ends
+    ema: float = 0.0  # decay per step of an average of the weights, exported to ema/ in the run folder; 0: none
     seed: int = 0
     projector: str = "auto"  # auto: where the widths differ; always: for comparisons across teachers
     views: str = "auto"  # stored: the augmented ones too, drawn again (docs/views.md); plain; auto: what the store has
     changed_images: str = "refuse"  # allow: train on images whose bytes are not those that the teacher saw
     precision: str = "auto"  # fp32 on the CPU, mixed bf16 or fp16 on a GPU
     device: str = "auto"
+    grad_checkpointing: bool = False  # keep fewer activations and compute them again
+    compile: bool = False  # with torch.compile
     threads: int = 2  # that read and decode ahead
-    memory_gib: float = 2.0  # for views and tokens kept for later epochs
+    memory_gib: float = 2.0  # for views and tokens kept for later epochs, of each process
     log_every: int = 10  # steps
     save_every: int = 1000  # steps
 
@@ -79,12 +84,15 @@ CHOICES = {
 }
 
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("epochs", "batch_size", "threads", "log_every", "save_every"), (1, 2**40)),
+    **dict.fromkeys(("epochs", "batch_size", "micro_batch", "max_skipped", "threads", "log_every", "save_every"), (1, 2**40)),
     **dict.fromkeys(("lr", "weight_decay", "grad_clip", "memory_gib"), (0, 1e9)),
-    **dict.fromkeys(("beta1", "beta2", "warmup"), (0, 1)),
+    **dict.fromkeys(("beta1", "beta2", "warmup", "ema"), (0, 1)),
     "eps": (1e-30, 1),
     "seed": (0, 2**63),
 }
 
-MACHINE = ("cache", "data", "teacher_weights", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every")
-"""Left out of what decides a result; the store enters by its digest and the source by its fingerprint, not by their paths."""
+MACHINE = (
+    *("cache", "data", "teacher_weights", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every"),
+    *("micro_batch", "grad_checkpointing", "compile", "max_skipped"),
+)
+"""Left out of what decides a result (to rounding); the store enters by its digest and the source by its fingerprint, not by their paths."""

@@ -1,32 +1,42 @@
 """The training loop: one step, many steps, and stopping between two of them.
 
-Losses stay on the device until they are logged or saved, so that no step waits for a number; a loss that is not finite is still named by its own step.
+Losses stay on the device until they are logged or saved, so that no step waits for a number. A step whose loss or gradient is not finite changes nothing: the
+device itself leaves the update out, and the count of such steps is looked at when numbers are fetched. Random numbers of a step (dropout) follow from the
+seed, the step and the place in the batch, so there is no random state to keep, and a run goes on alike with another number of processes.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdstore.distill.batches import Batch
 from kdstore.distill.config import DistillConfig
-from kdstore.distill.encoded import Encoded
+from kdstore.distill.distributed import Share
+from kdstore.distill.ema import Average
+from kdstore.distill.encoded import Encoded, map_rows
+from kdstore.distill.gradients import whole_batch_gradients
 from kdstore.distill.objective import Objective
 from kdstore.distill.optimiser import MAX_LOG_SCALE, learning_rate, make_optimiser
-from kdstore.distill.runfolder import Log, save_checkpoint
-from kdstore.errors import Interrupted, RunError
+from kdstore.distill.runfolder import Log, checkpoint_bytes, save_checkpoint
+from kdstore.distill.stopping import held_signals
+from kdstore.errors import Interrupted, KdstoreError, RunError
 from kdstore.progress import OnProgress
 from kdstore.store.ahead import read_ahead
+from kdstore.store.order import DROPOUT, draw
+
+RECENT = 50  # steps that the rate on the progress line is of
 
 
 @dataclass(eq=False)
@@ -40,16 +50,22 @@ class Training:
     finish: Callable[[Tensor], Tensor]  # kept views -> input of the student
     device: torch.device
     precision: torch.dtype
+    share: Share
     step: int = 0
     seconds: float = 0.0
     waited: float = 0.0  # seconds in which the step waited for data
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    in_a_row: int = 0  # of these, the latest without a good one between
     latest: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         c = self.config
-        self.parameters = [*self.clip.parameters(), *self.objective.parameters()]
+        self.parameters = [p for p in (*self.clip.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimiser = make_optimiser(self.parameters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self.average = Average(self.clip, c.ema) if c.ema else None
+        self.statistics = [buffer for module in self.clip.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
+        self.run_encode = torch.compile(self.encode) if c.compile else self.encode
 
     def encode(self, batch: Batch) -> Encoded:
         """Run the student's towers on a batch, or a part of one."""
@@ -58,21 +74,42 @@ class Training:
             return Encoded(image_BS, self.clip.encode_text(batch.tokens_BL, normalize=False))  # type: ignore[operator]
 
     def take(self, batch: Batch) -> Tensor:
-        """Take one optimisation step; returns `names` as one tensor on the device."""
+        """Take one optimisation step with this process's share of a batch; returns `names`, of the whole batch, as one tensor on the device."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate
-        scale, bias = self.clip.logit_scale.exp(), getattr(self.clip, "logit_bias", None)  # type: ignore[operator]
-        loss, values = self.objective(self.encode(batch), scale, bias, batch.told)
         self.optimiser.zero_grad()
-        self.scaler.scale(loss).backward()
+        statistics = [buffer.clone() for buffer in self.statistics]
+        scale, bias = self.clip.logit_scale.exp(), getattr(self.clip, "logit_bias", None)  # type: ignore[operator]
+        told = map_rows(self.share.whole, batch.told)
+        loss, values = whole_batch_gradients(
+            [partial(self._encode_piece, batch, i) for i in range(self.share.rounds)],
+            lambda encoded: self.objective(encoded, scale, bias, told),
+            self.clip,
+            self.parameters,
+            self.share,
+            scaled=self.scaler.scale,
+            same_graph=self.config.compile,
+        )
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
+        broken = ~(loss.isfinite() & norm.isfinite())
+        if not self.scaler.is_enabled():
+            self.optimiser.found_inf = broken.float()  # type: ignore[attr-defined]  # what tells a fused optimiser to leave everything as it is
         self.scaler.step(self.optimiser)
         self.scaler.update()
         with torch.no_grad():
+            for buffer, before in zip(self.statistics, statistics, strict=True):
+                buffer.copy_(torch.where(broken, before, buffer))
             self.clip.logit_scale.clamp_(0, MAX_LOG_SCALE)  # type: ignore[operator]
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.clip, self.step)
         return torch.stack([loss, *values.values(), norm, scale.squeeze()]).detach()
+
+    def _encode_piece(self, batch: Batch, i: int) -> Encoded:
+        """Encode the i-th piece of this process's share, with the random numbers of its place in the global batch."""
+        torch.manual_seed(int(draw(self.config.seed, self.step, DROPOUT, self.share.start(i))[0]))
+        return self.run_encode(map_rows(lambda rows: rows.narrow(0, i * self.share.piece, self.share.piece), batch))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,103 +121,119 @@ class Training:
         """The learning rate of the next step."""
         return learning_rate(self.step, steps=self.steps, warmup_steps=round(self.config.warmup * self.steps), peak=self.config.lr)
 
-    def state(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on."""
-        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
-        return {
+    def count(self, step: int, values: dict[str, float]) -> None:
+        """Count a step that was left out; raises RunError if too many in a row were.
+
+        Under gradient scaling a norm may overflow, which lowers the scale and is no sign of a broken run.
+        """
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+        self.skipped += bool({"loss", "grad_norm"} & bad.keys())
+        self.in_a_row = self.in_a_row + 1 if "loss" in bad or ("grad_norm" in bad and not self.scaler.is_enabled()) else 0
+        if self.in_a_row >= self.config.max_skipped:
+            said = ", ".join(f"{name} is {value}" for name, value in bad.items())
+            in_a_row = f", in each of {self.in_a_row} steps" if self.in_a_row > 1 else ""
+            raise RunError(
+                f"Training broke at step {step - self.in_a_row + 1}: {said}{in_a_row}.",
+                "Lower lr, raise warmup or set grad_clip; if it is step 1, run kdstore store verify.",
+            )
+
+    def checkpoint(self, settings_digest: str) -> bytes:
+        """Return everything that decides how the run of these settings goes on."""
+        state = {
             "clip": self.clip.state_dict(),
             "objective": self.objective.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": {"cpu": torch.get_rng_state(), **cuda},
-            "clock": {"step": self.step, "seconds": self.seconds, "waited": self.waited},
+            "average": None if self.average is None else self.average.student.state_dict(),
+            "clock": {name: getattr(self, name) for name in CLOCK},
             "latest": self.latest,
+            "settings": settings_digest,
         }
+        return checkpoint_bytes(state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Go on where a checkpoint of this state was taken."""
         self.clip.load_state_dict(state["clip"])
         self.objective.load_state_dict(state["objective"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if self.device.type == "cuda" and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
-        self.step, self.seconds, self.waited = (state["clock"][name] for name in ("step", "seconds", "waited"))
+        if self.average is not None:
+            self.average.student.load_state_dict(state["average"])
+        for name in CLOCK:
+            setattr(self, name, state["clock"][name])
         self.latest = state["latest"]
 
 
-def train(training: Training, make: Callable[[int], Batch], path: Path, settings_digest: str, on_progress: OnProgress) -> None:
-    """Take all remaining steps, logging and saving into the run folder; raises RunError for a loss that is not finite and, once saved, Interrupted."""
-    t, config = training, training.config
+CLOCK = ("step", "seconds", "waited", "skipped", "in_a_row")
+
+
+def train(
+    training: Training,
+    make: Callable[[int], Batch],
+    path: Path,
+    settings_digest: str,
+    on_progress: OnProgress,
+) -> None:
+    """Take all remaining steps, logging and saving into the run folder; `make` makes this process's share of a batch.
+
+    Raises RunError where too many steps in a row are not finite, what `make` raises on any process, and for a signal, once saved, Interrupted.
+    """
+    t, config, world = training, training.config, training.share.world
     pending: list[tuple[int, float, Tensor]] = []
+    recent: deque[tuple[float, float]] = deque([(t.seconds, t.waited)], maxlen=RECENT + 1)
 
     def settle() -> None:
         """Fetch the numbers of the steps since the last time; log those that are due."""
         rows = torch.stack([row for _, _, row in pending]).tolist() if pending else []
-        for (step, rate, _), row in zip(pending, rows, strict=True):
-            values = dict(zip(t.names, row, strict=True))
-            _check_finite(step, values, scaled=t.scaler.is_enabled())
-            if step % config.log_every == 0 or step == t.steps:
-                t.latest = {name: value for name, value in values.items() if math.isfinite(value)}
-                log.write({"step": step, "samples": step * config.batch_size, **t.latest, "lr": rate})
+        with world.together():
+            for (step, rate, _), row in zip(pending, rows, strict=True):
+                values = dict(zip(t.names, row, strict=True))
+                t.count(step, values)
+                if step % config.log_every == 0 or step == t.steps:
+                    t.latest = {name: value for name, value in values.items() if math.isfinite(value)}
+                    log.write({"step": step, "samples": step * config.batch_size, **t.latest, "lr": rate, "skipped": t.skipped})
         pending.clear()
 
     def save() -> None:
         settle()
-        save_checkpoint(path, {**t.state(), "settings": settings_digest})
+        with world.together():
+            if world.first:
+                save_checkpoint(path, t.checkpoint(settings_digest))
 
+    def coming() -> Batch:
+        """Wait for the next batch; raises Interrupted where a signal has come to one of the processes."""
+        asked, error, batch = time.perf_counter(), None, None
+        try:
+            batch = next(batches)
+        except KdstoreError as e:
+            error = e
+        t.waited += time.perf_counter() - asked
+        if signum := world.agree(error, signal_came()):
+            save()
+            raise Interrupted(f"Stopped at step {t.step} of {t.steps}; {path} holds a checkpoint.", signum=signum)
+        assert batch is not None
+        return batch.to(t.device)
+
+    with world.together():
+        log = Log(path, t.step, writes=world.first)
     batches = read_ahead(make, range(t.step, t.steps), config.threads)
-    with closing(Log(path, t.step)) as log, closing(batches), held_interrupt() as interrupted:
+    with closing(log), closing(batches), held_signals(patient=world.size > 1) as signal_came:
         began, seconds = time.perf_counter(), t.seconds
         while t.step < t.steps:
-            asked = time.perf_counter()
-            batch = next(batches).to(t.device)
-            t.waited += time.perf_counter() - asked
-            rate = t.learning_rate
-            values = t.take(batch)
-            pending.append((t.step, rate, values))
+            batch, rate = coming(), t.learning_rate
+            pending.append((t.step + 1, rate, t.take(batch)))
             if t.step % config.log_every == 0 or t.step == t.steps:
                 settle()
             t.seconds = seconds + time.perf_counter() - began
-            on_progress("distill", t.step, t.steps, _note(t))
-            if interrupted() and t.step < t.steps:
-                save()
-                raise Interrupted(f"Stopped at step {t.step} of {t.steps}; {path} holds a checkpoint.")
+            recent.append((t.seconds, t.waited))
+            on_progress("distill", t.step, t.steps, _note(t, recent))
             if t.step % config.save_every == 0 or t.step == t.steps:
                 save()
 
 
-@contextmanager
-def held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C wait for the end of a step, and say whether it came; a second one interrupts at once.
-
-    Only the main thread gets signals, and a process that ignores them (nohup) goes on doing so.
-    """
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield came.is_set
-        return
-
-    def note(signum: int, frame: object) -> None:
-        came.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield came.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _check_finite(step: int, values: dict[str, float], *, scaled: bool) -> None:
-    """Under gradient scaling a norm may overflow, which skips the step and lowers the scale; anything else ends the run."""
-    bad = {name: value for name, value in values.items() if not math.isfinite(value) and not (scaled and name == "grad_norm")}
-    if bad:
-        said = ", ".join(f"{name} is {value}" for name, value in bad.items())
-        raise RunError(f"Training broke at step {step}: {said}.", "Lower lr, raise warmup or set grad_clip; if it is step 1, run kdstore store verify.")
-
-
-def _note(t: Training) -> str:
-    loss = f"loss {t.latest['loss']:.3f}, " if t.latest else ""
-    return f"{loss}{t.step * t.config.batch_size / t.seconds:.0f} samples/s"
+def _note(t: Training, recent: deque[tuple[float, float]]) -> str:
+    """Say how the latest steps went: loss, rate, the share of the time in which they waited for data, and steps that were left out."""
+    loss = f"loss {t.latest['loss']:.3f}, " if "loss" in t.latest else ""
+    seconds, waited = (b - a for a, b in zip(recent[0], recent[-1], strict=True))
+    rate = (len(recent) - 1) * t.config.batch_size / seconds
+    return f"{loss}{rate:.0f} samples/s, {waited / seconds:.0%} of the time waiting for data" + (f", {t.skipped} steps skipped" if t.skipped else "")

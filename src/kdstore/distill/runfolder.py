@@ -4,6 +4,7 @@
 - `checkpoint.pt`: everything that a run needs to go on as if never stopped
 - `log.jsonl` and `tensorboard/`: the same numbers twice
 - `open_clip_config.json`, `open_clip_model.safetensors`: the student, as open_clip's `local-dir:` reads it
+- `ema/`: the average of the student's weights as another student, if asked for
 - `run.json`: provenance, written last, so that a folder with it holds a finished run
 """
 
@@ -13,7 +14,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,8 @@ from torch.utils.tensorboard import SummaryWriter
 from kdstore.errors import RunError
 from kdstore.jsonfile import digest_of, disk_error, read_json, write_bytes, write_json
 
-CONFIG, CHECKPOINT, LOG, TENSORBOARD, RUN = "config.json", "checkpoint.pt", "log.jsonl", "tensorboard", "run.json"
+CONFIG, CHECKPOINT, RUN, AVERAGE = "config.json", "checkpoint.pt", "run.json", "ema"
+LOG, TENSORBOARD = "log.jsonl", "tensorboard"
 
 
 def run_state(path: Path, settings: dict[str, Any], *, resume: bool) -> Literal["new", "unfinished", "finished"]:
@@ -57,17 +59,30 @@ def begin_run(path: Path, settings: dict[str, Any]) -> None:
     write_json(path / CONFIG, settings)
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write the checkpoint so that a crash leaves the old or the new one."""
+def checkpoint_bytes(state: dict[str, Any]) -> bytes:
+    """Return what a checkpoint file holds."""
     content = io.BytesIO()
     torch.save(state, content)
-    write_bytes(path / CHECKPOINT, content.getvalue())
+    return content.getvalue()
 
 
-def load_checkpoint(path: Path, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint without running code from it; raises RunError if it is damaged or of another run."""
+def save_checkpoint(path: Path, content: bytes) -> None:
+    """Write the checkpoint so that a crash leaves the old or the new one."""
+    write_bytes(path / CHECKPOINT, content)
+
+
+def read_checkpoint(path: Path) -> bytes:
+    """Read what a checkpoint file holds; raises RunError."""
     try:
-        state: dict[str, Any] = torch.load(path / CHECKPOINT, map_location=device, weights_only=True)
+        return (path / CHECKPOINT).read_bytes()
+    except OSError as e:
+        raise RunError(f"{path / CHECKPOINT} cannot be read ({e.strerror}).", "Remove it to start this run again.") from e
+
+
+def load_checkpoint(content: bytes, path: Path, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Understand a checkpoint without running code from it; raises RunError if it is damaged or of another run."""
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
         reason = f"{type(e).__name__}: {e}".splitlines()[0][:120]
         raise RunError(f"{path / CHECKPOINT} cannot be read ({reason}).", "Remove it to start this run again.") from e
@@ -81,6 +96,7 @@ def export_student(path: Path, clip: nn.Module, config: dict[str, Any], tokenize
 
     A tokenizer that has files of its own (Hugging Face's) goes with it, because open_clip looks for them in the same folder.
     """
+    path.mkdir(exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in clip.state_dict().items()}
     write_bytes(path / "open_clip_model.safetensors", save(weights))
     if hasattr(tokenizer, "save_pretrained"):
@@ -89,27 +105,37 @@ def export_student(path: Path, clip: nn.Module, config: dict[str, Any], tokenize
 
 
 class Log:
-    """The numbers of a run, as JSON lines and for TensorBoard; opened at step k it forgets what an interrupted run wrote after k."""
+    """The numbers of a run, as JSON lines and for TensorBoard; opened at step k it forgets what an interrupted run wrote after k.
 
-    def __init__(self, path: Path, step: int) -> None:
-        lines = (path / LOG).read_bytes().splitlines(keepends=True) if step and (path / LOG).is_file() else []
-        write_bytes(path / LOG, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
+    One that `writes` not touches nothing: that of a process other than the first.
+    """
+
+    def __init__(self, path: Path, step: int, *, writes: bool = True) -> None:
         self._path = path / LOG
-        self._lines = open(path / LOG, "a")  # noqa: SIM115 (held open for the whole run)
-        self._board = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
+        self._board: SummaryWriter | None = None
+        if not writes:
+            return
+        lines = self._path.read_bytes().splitlines(keepends=True) if step and self._path.is_file() else []
+        write_bytes(self._path, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
+        with self._mapped_errors():
+            self._board = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
+            self._board.flush()
 
     def write(self, values: dict[str, float]) -> None:
         """Append the numbers of `values["step"]`; raises DiskFull."""
+        if self._board is None:
+            return
         with self._mapped_errors():
-            self._lines.write(json.dumps(values) + "\n")
-            self._lines.flush()
+            with open(self._path, "a") as lines:
+                lines.write(json.dumps(values) + "\n")
             for name, value in values.items():
                 if name != "step":
                     self._board.add_scalar(name, value, int(values["step"]))
 
     def close(self) -> None:
-        with self._mapped_errors(), closing(self._board):
-            self._lines.close()
+        with self._mapped_errors():
+            if self._board is not None:
+                self._board.close()
 
     @contextmanager
     def _mapped_errors(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ from kdstore.store.layout import ArraySpec
 
 Int64 = npt.NDArray[np.int64]
 
-ORDER, CAPTION, BLOCKS, SHORT, WINDOW, VIEW = range(1, 7)  # what a hash is drawn for; captions and views by distillation
+ORDER, CAPTION, BLOCKS, SHORT, WINDOW, VIEW, DROPOUT = range(1, 8)  # what a hash is drawn for; captions, views and dropout by distillation
 SORTED_ROWS = 1 << 22  # a permutation of 32 MiB
 ROUNDS = 12
 
