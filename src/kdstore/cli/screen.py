@@ -14,6 +14,8 @@ from kdstore.progress import OnProgress
 
 
 def show(result: Any, as_json: bool, text: str | None = None) -> None:
+    if not _speaks():
+        return
     content = dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
     if as_json:
         print(json.dumps(content, indent=1, default=str))
@@ -25,7 +27,13 @@ def show(result: Any, as_json: bool, text: str | None = None) -> None:
 
 
 def say(text: str) -> None:
-    print(" ".join(text.split()), file=sys.stderr)
+    if _speaks():
+        print(" ".join(text.split()), file=sys.stderr)
+
+
+def _speaks() -> bool:
+    """Whether this process speaks for a run: of those that torchrun started the first, to which the others have told their errors."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
