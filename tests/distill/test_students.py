@@ -17,6 +17,7 @@ from kdstore.data.scenes import Scenes
 from kdstore.distill.batches import BatchPlan, Maker
 from kdstore.distill.building import build_student
 from kdstore.distill.config import DistillConfig
+from kdstore.distill.distributed import Share, World
 from kdstore.distill.loop import Training
 from kdstore.distill.objective import Objective
 from kdstore.distill.pairs import pairs_of_source
@@ -40,7 +41,9 @@ def test_a_student_costs_what_is_said_takes_a_step_and_its_export_is_the_same_mo
     keep, finish = split_preprocess(model.preprocess)
     pairs = pairs_of_source(source)
     batch = Maker(BatchPlan(len(pairs), 2, 0), pairs, source, None, keep, model.tokenizer, Kept(0))(0)
-    training = Training(config, 1, model.clip.train(), Objective("clip", student_dim=model.embed_dim), finish, model.device, torch.float32)
+    training = Training(
+        config, 1, model.clip.train(), Objective("clip", student_dim=model.embed_dim), finish, model.device, torch.float32, Share.of(2, World(), None)
+    )
     assert training.take(batch).isfinite().all()
     idle = [name for name, weight in model.clip.named_parameters() if weight.grad is None or not weight.grad.isfinite().all()]
     assert idle == [], "every weight is trained"
