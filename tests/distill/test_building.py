@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from kdstore.data.scenes import Scenes
+from kdstore.distill.building import carry_text, config_with_text_of
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.runfolder import export_student
 from kdstore.distill.train import distill
-from kdstore.errors import ConfigError, KdstoreError, ModelError, UnknownName
+from kdstore.errors import ConfigError, KdstoreError, ModelError, RunError, UnknownName
 from kdstore.jsonfile import read_json
 from kdstore.models.encode import encode_text
 from kdstore.models.load import Model, load_model, weights_sha256
@@ -138,6 +139,51 @@ def test_a_copied_text_tower_starts_as_the_teachers_and_is_trained_on(config: Di
     assert not torch.allclose(texts_of(tmp_path / "run"), encode_text(teacher, TEXTS), atol=1e-3)
 
 
+VISION = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+TEXT_TOWERS: dict[str, dict[str, Any]] = {
+    "plain": {"text_cfg": TEXT},
+    "DFN": {"text_cfg": TEXT, "quick_gelu": True},
+    "MobileCLIP": {"text_cfg": {**TEXT, "no_causal_mask": True}, "custom_text": True},
+    "sigmoid": {"text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}, "custom_text": True, "init_logit_bias": -10},
+    "CoCa": {
+        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+        "vision_cfg": {**VISION, "attentional_pool": True, "output_tokens": True, "attn_pooler_heads": 2},
+        "multimodal_cfg": TEXT,
+        "custom_text": True,
+    },
+}
+
+
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("family", TEXT_TOWERS)
+def test_text_towers_of_every_family_give_the_same_embeddings_in_a_student_of_either_class(family: str, custom: bool, tmp_path: Path) -> None:
+    (tmp_path / f"teacher-{family}.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": VISION, **TEXT_TOWERS[family]}))
+    teacher = load_model(str(tmp_path / f"teacher-{family}.json"), untrained=True, seed=1, device="cpu")
+    small = {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": {**TEXT, "layers": 1, "context_length": 8}, "custom_text": custom}
+    (tmp_path / f"student-{family}-{custom}.json").write_text(json.dumps(small))
+    changed = config_with_text_of(teacher.config["model_cfg"])
+    student = load_model(str(tmp_path / f"student-{family}-{custom}.json"), untrained=True, seed=2, device="cpu", changed=changed)
+    carry_text(student, teacher)
+    export_student(tmp_path, student.clip, student.config)
+    torch.testing.assert_close(texts_of(tmp_path), encode_text(teacher, TEXTS))
+
+
+def test_a_tokenizer_that_has_files_goes_with_the_text_tower(tmp_path: Path) -> None:
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "circle"])}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path / "words")
+    config = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": {**TEXT, "hf_tokenizer_name": str(tmp_path / "words")}, "custom_text": True}
+    (tmp_path / "teacher-words.json").write_text(json.dumps(config))
+    teacher = load_model(str(tmp_path / "teacher-words.json"), untrained=True, seed=1, device="cpu")
+    student = load_model("scenes-T", untrained=True, device="cpu", changed=config_with_text_of(teacher.config["model_cfg"]))
+    carry_text(student, teacher)
+    (tmp_path / "run").mkdir()
+    export_student(tmp_path / "run", student.clip, student.config, student.tokenizer)
+    torch.testing.assert_close(texts_of(tmp_path / "run"), encode_text(teacher, TEXTS))
+
+
 def test_the_teachers_weights_are_asked_for_at_the_end_alone_and_the_run_is_kept(config: DistillConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(config, text_tower="frozen")
     with pytest.raises(ModelError, match="needs the teacher's text tower now") as asked:
@@ -162,6 +208,16 @@ def test_weights_of_another_teacher_are_refused(text_tower: str, config: Distill
 
 
 # First weights
+
+
+def test_a_config_file_that_was_edited_is_another_run(config: DistillConfig, student: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, student=no_dropout(student, tmp_path), samples=8)
+    distill(config)
+    assert distill(config).already_done
+    path = Path(config.student)
+    path.write_text(path.read_text().replace('"layers": 2', '"layers": 1'))
+    with pytest.raises(RunError, match="another run: student_config is"):
+        distill(config)
 
 
 def test_a_run_that_starts_from_another_run_has_its_weights_and_temperature(config: DistillConfig, tmp_path: Path) -> None:
@@ -213,7 +269,7 @@ def test_a_smaller_student_inherits_and_trains(config: DistillConfig, student: s
         ({"inherit_layers": "last"}, UnknownName, "value of inherit_layers"),
         ({"text_tower": "frozen", "cache": None}, ConfigError, "takes it from the teacher of a store"),
         ({"text_tower": "frozen", "projector": "always"}, ConfigError, "nothing to project to"),
-        ({"init": "inherit", "cache": None, "loss": "none", "data": "scenes:40"}, ConfigError, "take the teacher from a store"),
+        ({"init": "inherit", "cache": None, "loss": "none", "data": "scenes:40"}, ConfigError, "takes the teacher of a store"),
         ({"init": "inherit"}, ModelError, "the image tower of"),
         ({"init": "inherit:no-such-model"}, UnknownName, "no-such-model"),
         ({"init": "weights.pt"}, ConfigError, "is a folder and no architecture"),
@@ -230,6 +286,22 @@ def test_what_does_not_fit_ends_before_the_first_step_with_one_line(
     assert refused.value.hint
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "said"), [("{", "Cannot read the model config"), ('{"embed_dim": 8}', "has no vision_cfg, text_cfg"), ("[]", "is no model config")]
+)
+def test_a_file_that_is_no_config_is_named(written: str, said: str, config: DistillConfig, tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text(written)
+    with pytest.raises(ModelError, match=said):
+        distill(dataclasses.replace(config, student=str(tmp_path / "broken.json")))
+
+
+def test_a_config_file_does_not_take_the_name_of_another_model(config: DistillConfig, tmp_path: Path) -> None:
+    other = open_clip.get_model_config("ViT-B-32")
+    (tmp_path / "RN50.json").write_text(json.dumps(other))
+    with pytest.raises(ModelError, match="another model than the RN50 that is known already"):
+        distill(dataclasses.replace(config, student=str(tmp_path / "RN50.json")))
 
 
 def test_weights_of_another_shape_are_named_before_the_first_step(config: DistillConfig, teacher_folder: str, tmp_path: Path) -> None:

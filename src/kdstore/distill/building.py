@@ -23,6 +23,7 @@ from kdstore.models.transplant import Side, inherit, put_tower, tower_of, tower_
 from kdstore.store import Store
 
 PROBES = ["a photo of two dogs", "", "three hollow stars, a blue square and an owl"]
+GIVE_WEIGHTS = "Give the teacher's own weights: --set teacher_weights=ARCH:FILE, or a model folder."
 CARRIED = 1e-4  # how far a text embedding may be from the teacher's when its tower stands in another model; far above rounding
 
 
@@ -69,7 +70,7 @@ def build_student(config: DistillConfig, store: Store | None, device: torch.devi
     if config.text_tower == "copied":
         teacher = load_teacher(config, store)
         origins["text"] = _origin(teacher)
-        _carry_text(model, teacher)
+        carry_text(model, teacher)
     if config.text_tower == "frozen":
         model.clip = CachedText(model.clip)
     return Student(model, origins)
@@ -86,44 +87,39 @@ def whole_student(student: Student, config: DistillConfig, store: Store | None) 
     try:
         teacher = load_teacher(config, store)
     except KdstoreError as e:
-        hint = "Training is done and kept: give them as --set teacher_weights=ARCH:FILE (or a folder) and add --resume."
-        raise ModelError(f"The student needs the teacher's text tower now. {e.message}", hint) from e
-    whole = load_model(config.student, untrained=True, device="cpu", changed=_text_of(teacher.config["model_cfg"]))
+        found = f"The run is trained and kept, and needs the teacher's text tower now. {e.message}"
+        raise ModelError(found, f"{GIVE_WEIGHTS} Then add --resume.") from e
+    whole = load_model(config.student, untrained=True, device="cpu", changed=config_with_text_of(teacher.config["model_cfg"]))
     with torch.no_grad():
         put_tower(whole.clip, "image", tower_weights(model.clip, "image"), "the run")
-        for name in ("logit_scale", "logit_bias"):
-            if getattr(model.clip, name, None) is not None:
-                getattr(whole.clip, name).copy_(getattr(model.clip, name))
-    _carry_text(whole, teacher)
+        _copy_scale(whole.clip, model.clip)
+    carry_text(whole, teacher)
     return Student(whole, {**student.started_from, "text": _origin(teacher)})
 
 
 def load_teacher(config: DistillConfig, store: Store | None) -> Model:
     """Load the teacher that the store's features come from, on the CPU; raises ModelError if its weights are others than those."""
-    said = _teacher(store, config)
+    said = _teacher(store)
     name = config.teacher_weights or said["name"]
     try:
         teacher = load_model(name, device="cpu")
     except KdstoreError as e:
-        raise ModelError(f"The teacher's weights cannot be loaded: {e.message}", "Give them as --set teacher_weights=ARCH:FILE, or a model folder.") from e
+        raise ModelError(f"The teacher's weights cannot be loaded: {e.message}", GIVE_WEIGHTS) from e
     if teacher.identity["teacher"]["weights_sha256"] != said["weights_sha256"]:
         found = teacher.identity["teacher"]["weights_sha256"][:12]
-        raise ModelError(f"{name} has not the weights of the store's teacher {said['name']}: expected {said['weights_sha256'][:12]}, found {found}.", _GIVE)
+        raise ModelError(
+            f"{name} has not the weights of the store's teacher {said['name']}: expected {said['weights_sha256'][:12]}, found {found}.", GIVE_WEIGHTS
+        )
     return teacher
 
 
-_GIVE = "Give the teacher's own weights as --set teacher_weights=ARCH:FILE, or a model folder."
-
-
-def _teacher(store: Store | None, config: DistillConfig) -> dict[str, Any]:
+def _teacher(store: Store | None) -> dict[str, Any]:
     """Return what the store says of its teacher; raises ConfigError and MissingFeature."""
     if store is None:
-        raise ConfigError(f"text_tower={config.text_tower} and init={config.init} take the teacher from a store, and there is none.", "Give --cache STORE.")
+        raise ConfigError("init=inherit takes the teacher of a store, and there is none.", "Give --cache STORE, or name a model: init=inherit:MODEL.")
     said: dict[str, Any] = store.identity["teacher"]
     if not {"config", "weights_sha256"} <= said.keys():
-        raise MissingFeature(
-            f"{store.path} does not say which architecture and weights its teacher has.", "Extract it again, or use the student's own text tower."
-        )
+        raise MissingFeature(f"{store.path} does not say which architecture and weights its teacher has.", "Use text_tower=own, or extract it again.")
     return said
 
 
@@ -131,11 +127,11 @@ def _changed(config: DistillConfig, store: Store | None) -> dict[str, Any]:
     """Return the entries of the student's config that its text tower decides."""
     if config.text_tower == "own":
         return {}
-    changed = _text_of(_teacher(store, config)["config"])
+    changed = config_with_text_of(_teacher(store)["config"])
     return changed if config.text_tower == "copied" else {name: changed[name] for name in ("embed_dim", "quick_gelu")}
 
 
-def _text_of(teacher: dict[str, Any]) -> dict[str, Any]:
+def config_with_text_of(teacher: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of a model's config that give it the teacher's text tower: the width and the activation are the whole model's."""
     text = dict(teacher["text_cfg"])
     if "hf_model_name" in text:
@@ -165,21 +161,18 @@ def _start_from(model: Model, source: Model, sides: tuple[Side, ...], config: Di
     origin = source.name.name
     with torch.no_grad():
         for side in sides:
-            if _is_quick(tower_of(model.clip, side)) != _is_quick(tower_of(source.clip, side)):
-                names = {True: "QuickGELU", False: "GELU"}
-                here, there = names[_is_quick(tower_of(model.clip, side))], names[not _is_quick(tower_of(model.clip, side))]
-                raise ModelError(f"The {side} tower of {origin} was trained with {there}, and the student has {here}.", "Take the twin of the architecture.")
+            here, there = _activation(tower_of(model.clip, side)), _activation(tower_of(source.clip, side))
+            if here != there:
+                raise ModelError(f"The {side} tower of {origin} has {there}, and the student {here}.", "Name the student's twin: with -quickgelu, or without.")
             if config.init.partition(":")[0] == "inherit":
                 inherit(model.clip, side, source.clip, origin, config.inherit_layers)
             else:
                 put_tower(model.clip, side, tower_weights(source.clip, side), origin)
         if "text" in sides:
-            for name in ("logit_scale", "logit_bias"):
-                if getattr(model.clip, name, None) is not None and getattr(source.clip, name, None) is not None:
-                    getattr(model.clip, name).copy_(getattr(source.clip, name))
+            _copy_scale(model.clip, source.clip)
 
 
-def _carry_text(model: Model, teacher: Model) -> None:
+def carry_text(model: Model, teacher: Model) -> None:
     """Put the teacher's text tower and tokenizer into a model; raises ModelError if texts then have other embeddings."""
     with torch.no_grad():
         put_tower(model.clip, "text", tower_weights(teacher.clip, "text"), teacher.name.name)
@@ -189,8 +182,14 @@ def _carry_text(model: Model, teacher: Model) -> None:
         raise ModelError(f"The text tower of {teacher.name.name} gives other embeddings in a student of another class.", "Use text_tower=own.")
 
 
-def _is_quick(tower: nn.Module) -> bool:
-    return any(isinstance(module, QuickGELU) for module in tower.modules())
+def _copy_scale(clip: Any, source: Any) -> None:
+    for name in ("logit_scale", "logit_bias"):
+        if getattr(clip, name, None) is not None and getattr(source, name, None) is not None:
+            getattr(clip, name).copy_(getattr(source, name))
+
+
+def _activation(tower: nn.Module) -> str:
+    return "QuickGELU" if any(isinstance(module, QuickGELU) for module in tower.modules()) else "GELU"
 
 
 def _origin(model: Model) -> dict[str, str]:

@@ -37,6 +37,7 @@ from kdstore.distill.views import Kept, split_preprocess
 from kdstore.errors import ConfigError, RunError
 from kdstore.jsonfile import digest_of, read_json, write_json
 from kdstore.models.load import DTYPES, Model, parameter_counts
+from kdstore.models.names import local_config
 from kdstore.progress import OnProgress, silent
 from kdstore.store import Store, fingerprint_of, open_store
 
@@ -147,6 +148,8 @@ def _settings(config: DistillConfig, store: Store | None, source: Source, target
     chosen = {name: value for name, value in as_dict(config).items() if name not in MACHINE}
     features = store.digest if store is not None else None if targets is None else type(targets).__name__
     fingerprint = fingerprint_of((source.key(i), source.captions(i)) for i in range(len(source)))
+    if (architecture := local_config(config.student)) is not None:
+        chosen["student_config"] = digest_of(architecture)
     return {**chosen, "precision": precision, "views": views, "store": features, "source": fingerprint, "source_pairs": len(source)}
 
 

@@ -139,6 +139,16 @@ def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False
     return ModelName(f"{arch}:{chosen}", arch, chosen, short_name(arch), f"{arch}:{chosen}", notice)
 
 
+def local_config(name: str) -> dict | None:
+    """Return the config of a model that is named by a folder or a JSON file, and so may change under its name; None for any other, or if it is none."""
+    folder = Path(name.removeprefix("local-dir:"))
+    path = folder / "open_clip_config.json" if folder.is_dir() else Path(name)
+    try:
+        return json.loads(path.read_text()) if path.suffix == ".json" and path.is_file() else None
+    except ValueError:
+        return None  # `resolve` says so
+
+
 def architecture_of(name: str) -> str:
     """Return the name without its tag: what the untrained control of a model is called."""
     return name if name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir() else name.partition(":")[0]

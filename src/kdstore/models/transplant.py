@@ -74,7 +74,7 @@ def even_layers(count: int, of: int) -> list[int]:
     return [0] if count == 1 else [(2 * i * (of - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
 
 
-_SMALLER = "Inherit from a ViT that is as wide and as deep or more, with heads of the same width."
+_SMALLER = "Inherit from a ViT of the same patches and pixels, as wide and as deep or more, with heads of the same width."
 
 
 def _inside(clip: Any, side: Side, name: str) -> str | None:
