@@ -6,8 +6,11 @@ spent (decoding, model, encoding and writing), so that a run can say which of th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +92,7 @@ class Extractor:
         self._augmentation = augmentation_of(config, model)
         self._views = range(1 + config.views)
         self.images_at_once = max(1, config.batch // len(self._views))  # a batch is of pictures, and all of an image are in one
-        self._decoders = ThreadPoolExecutor(config.threads, "decode")
+        self._decoders = ThreadPoolExecutor(config.threads, "decode", _give_way if model.device.type == "cpu" else None)
         self._writer = ThreadPoolExecutor(1, "write")
 
     def close(self) -> None:
@@ -223,6 +226,12 @@ class Extractor:
         finally:
             for future in (future for batch in waiting for future in batch):
                 future.cancel()
+
+
+def _give_way() -> None:
+    """Leave the cores to the threads of a model on the CPU: they wait for each other, so that one of them held up holds up all."""
+    with contextlib.suppress(AttributeError, OSError):  # no such call, or not allowed
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _timed(decode: Callable[[int], Any], row: int) -> tuple[Any, float]:

@@ -32,7 +32,7 @@ class Join:
     """[N]"""
     store_row_of_source: npt.NDArray[np.int64]
     """[S]"""
-    by: Literal["fingerprint", "key"]
+    by: Literal["fingerprint", "key", "content"]
 
     @property
     def matched(self) -> int:
@@ -61,7 +61,7 @@ class JoinReport:
 
     images: int
     pairs: int
-    by: Literal["fingerprint", "key"]
+    by: Literal["fingerprint", "key", "content"]
     matched: int
     matched_by_content: int | None
     missing_in_source: int
@@ -72,17 +72,20 @@ class JoinReport:
     """The first of them."""
 
 
-def join_sources(store: Store, source: Source) -> Join:
-    """Match the rows of a store and a source; raises JoinError if no key matches or a key of the source comes twice.
+def join_sources(store: Store, source: Source, *, by_content: bool = False, on_progress: OnProgress = silent) -> Join:
+    """Match the rows of a store and a source; raises JoinError if none matches or a key of the source comes twice.
 
-    Equal fingerprints (same keys and captions in the same order) need no matching. Otherwise rows match by key alone: the captions
-    that belong to the features are those of the store's index.
+    Equal fingerprints (same keys and captions in the same order) need no matching. Otherwise rows match by key: the captions that belong to the features are
+    those of the store's index. With `by_content` those whose keys are on one side only match by the sha256 of their encoded images, which reads the source's.
     """
     join = _join_by_key(store, source)
-    if join.by == "key" and not join.matched:
+    if by_content and join.by == "key":
+        join = _also_by_content(join, *_digests_of(store, source, on_progress))
+    if not join.matched and join.by != "fingerprint":
         source_keys = [source.key(i) for i in range(min(4, len(source)))]
         raise JoinError(
-            f"No key of {source.spec} ({_some(source_keys)}) is in {store.path} ({_some(store.index('image', 'key')[:4].to_pylist())}).",
+            f"No {'image' if by_content else 'key'} of {source.spec} ({_some(source_keys)}) is in {store.path} "
+            f"({_some(store.index('image', 'key')[:4].to_pylist())}).",
             "Name the source that the store was extracted from, or look for equal contents with: kdstore store join.",
         )
     return join
@@ -97,14 +100,11 @@ def report_join(store: Store, source: Source, *, content: bool = True, out: str 
     """
     join = _join_by_key(store, source)
     keys = store.index("image", "key")
-    source_rows, by_content = join.source_row_of_store.copy(), np.zeros(store.num_images, bool)
+    by_key, source_rows = join.source_row_of_store >= 0, join.source_row_of_store
     differs, unknown = np.zeros(store.num_images, bool), np.ones(store.num_images, bool)
     if content:
-        ours, theirs = _as_digests(store.index("image", "sha256").to_pylist()), _source_digests(source, on_progress)
-        for_store, for_source = np.flatnonzero(source_rows < 0), np.flatnonzero(join.store_row_of_source < 0)
-        found = match_digests(ours[for_store], theirs[for_source])
-        source_rows[for_store[found >= 0]] = for_source[found[found >= 0]]
-        by_content[for_store] = found >= 0
+        ours, theirs = _digests_of(store, source, on_progress)
+        source_rows = _also_by_content(join, ours, theirs).source_row_of_store
         held = source_rows >= 0
         unknown[held] = ~(ours[held].any(axis=1) & theirs[source_rows[held]].any(axis=1))
         differs[held] = ~unknown[held] & (ours[held] != theirs[source_rows[held]]).any(axis=1)
@@ -113,7 +113,7 @@ def report_join(store: Store, source: Source, *, content: bool = True, out: str 
         columns = {
             "store_row": matches,
             "source_row": source_rows[matches],
-            "by": np.where(by_content[matches], "content", "key"),
+            "by": np.where(by_key[matches], "key", "content"),
             "content_differs": pa.array(differs[matches], mask=unknown[matches]),
         }
         write_bytes(Path(out), parquet_bytes(pa.table(columns)))
@@ -122,7 +122,7 @@ def report_join(store: Store, source: Source, *, content: bool = True, out: str 
         pairs=len(source),
         by=join.by,
         matched=join.matched,
-        matched_by_content=int(by_content.sum()) if content else None,
+        matched_by_content=len(matches) - join.matched if content else None,
         missing_in_source=store.num_images - len(matches),
         missing_in_store=len(source) - len(np.unique(source_rows[matches])),
         content_differs=int(differs.sum()) if content else None,
@@ -166,6 +166,21 @@ def _join_by_key(store: Store, source: Source) -> Join:
     if twice := repeated(source_keys):
         raise JoinError(f"{len(twice)} keys of {source.spec} come more than once: {', '.join(twice[:5])}.", "Choose a key column that is unique.")
     return Join(positions(store_keys, source_keys), positions(source_keys, store_keys), "key")
+
+
+def _also_by_content(join: Join, ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> Join:
+    """Match by their digests, [N, 32] and [S, 32], what the keys leave: for every image of the store the first of the source."""
+    source_rows, store_rows = join.source_row_of_store.copy(), join.store_row_of_source.copy()
+    for_store, for_source = np.flatnonzero(source_rows < 0), np.flatnonzero(store_rows < 0)
+    found = match_digests(ours[for_store], theirs[for_source])
+    matched = for_store[found >= 0], for_source[found[found >= 0]]
+    source_rows[matched[0]] = matched[1]
+    store_rows[matched[1][::-1]] = matched[0][::-1]  # of several images of the store the first
+    return Join(source_rows, store_rows, "content")
+
+
+def _digests_of(store: Store, source: Source, on_progress: OnProgress) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    return _as_digests(store.index("image", "sha256").to_pylist()), _source_digests(source, on_progress)
 
 
 def _source_digests(source: Source, on_progress: OnProgress) -> npt.NDArray[np.uint8]:
