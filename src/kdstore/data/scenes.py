@@ -113,7 +113,7 @@ class _Dice:
         return [left.pop(self.index(len(left))) for _ in range(len(left))]
 
 
-@functools.lru_cache(maxsize=2**15)
+@functools.lru_cache(maxsize=2**12)  # 40 MB
 def make_scene(split: str, index: int, attempt: int = 0) -> Scene:
     """Return scene `index` of a split; other attempts are other scenes for the same index (used to keep captions unique)."""
     if split not in SPLITS:

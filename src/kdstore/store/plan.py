@@ -33,7 +33,7 @@ from kdstore.store.disk import mapped_int64, repeats, unnamed_file
 Side = Literal["image", "text"]
 SIDES: tuple[Side, Side] = ("image", "text")
 MAX_SHARDS = 8192
-_BATCH = 65536  # images per Arrow batch while freezing
+_BATCH = 16384  # images per Arrow batch
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Plan:
         with disk_errors(folder or Path(tempfile.gettempdir())), unnamed_file(folder) as f:
             _write(f, batches())
             table = _mapped(f)
+        pa.default_memory_pool().release_unused()  # what reading the source has taken
         if twice := _repeated_keys(table["key"], folder):
             raise SourceError(f"Keys must be unique, but these come more than once: {', '.join(twice)}.", "Choose another key column.")
         return _from_columns(table, f"sha256:{digest.hexdigest()}", unit_rows, folder).within_limits()
