@@ -1,8 +1,8 @@
 """Opening a source and freezing its plan, each in a fresh process: seconds and memory against the number of pairs.
 
-Kinds: `tars` (10 shards as img2dataset lays them out, pictures of a few bytes, index kept), `csv`, and the built-in `scenes`; tables and tars are opened twice, as
-what is read for the first time is converted and kept. Memory is anonymous memory above that after the imports (pages of mapped files can be dropped and are not
-counted): the highest while the source was opened and while the plan was frozen, and what both hold in the end.
+Kinds: `tars` (10 shards as img2dataset lays them out, pictures of a few bytes, index kept), `csv`, and the built-in `scenes`; tables and tars are opened twice,
+as what is read for the first time is converted and kept. Memory is anonymous memory above that after the imports (pages of mapped files can be dropped and are
+not counted): the highest while the source was opened and while the plan was frozen, and what both hold in the end.
 
     python benchmarks/planning.py [--pairs 10000 1000000] [--kinds tars csv scenes] [--json]
 """
