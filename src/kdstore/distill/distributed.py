@@ -8,7 +8,7 @@ the processes, and no hooks. Numbers of the host (errors, signals, checkpoints) 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -57,6 +57,16 @@ class World:
                 dist.all_reduce(flat)
             for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
                 gradient.copy_(total.view_as(gradient))
+
+    def check_same(self, tensors: Iterable[Tensor], what: str) -> None:
+        """Raise RunError on all processes unless all of them hold the same bits, by a sum over the bits of each of these float32 tensors."""
+        if self.size == 1:
+            return
+        sums = torch.stack([tensor.detach().contiguous().view(-1).view(torch.int32).sum(dtype=torch.int64) for tensor in tensors])
+        others = self.gather(sums)
+        with self.together():
+            if not all(torch.equal(sums, other) for other in others):
+                raise RunError(f"The processes of this run hold different {what}.", "Give them GPUs of one kind and one version of PyTorch.")
 
     def agree(self, error: KdstoreError | None, signum: int = 0) -> int:
         """Raise on all processes the error that one of them brings, else return the largest of their signal numbers."""
@@ -151,6 +161,7 @@ class Share:
 def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that torchrun started with this one, if it did; yields the world and the device of this process, and leaves at the end.
 
+    Processes that joined before stay together, so that several runs can follow one another.
     Raises ConfigError for a device that cannot be used, or fewer GPUs than processes on a host.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -164,12 +175,15 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
             raise ConfigError(f"Each process needs a GPU of its own: {found}.", "Start one process per GPU with --device cuda, or use --device cpu.")
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
-    with _talk():
-        dist.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl")
+    joins = not dist.is_initialized()
+    if joins:
+        with _talk():
+            dist.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         yield World(dist.get_rank(), dist.get_world_size()), chosen
     finally:
-        dist.destroy_process_group()
+        if joins:
+            dist.destroy_process_group()
 
 
 def synchronised(student: nn.Module, world: World, device: torch.device) -> nn.Module:

@@ -196,6 +196,7 @@ def train(
 
     def save() -> None:
         settle()
+        world.check_same(t.parameters, "weights")
         with world.together():
             if world.first:
                 save_checkpoint(path, t.checkpoint(settings_digest))
