@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from kdstore.data.scenes import Scenes
 from kdstore.distill.building import carry_text, config_with_text_of
 from kdstore.distill.config import DistillConfig
-from kdstore.distill.runfolder import export_student
+from kdstore.distill.runfolder import AVERAGE, export_student
 from kdstore.distill.train import distill
 from kdstore.errors import ConfigError, KdstoreError, ModelError, RunError, UnknownName
 from kdstore.jsonfile import read_json
@@ -196,6 +196,15 @@ def test_the_teachers_weights_are_asked_for_at_the_end_alone_and_the_run_is_kept
     assert logged(tmp_path / "run") == before
     assert result.steps == 3
     assert plain(tmp_path / "run")
+
+
+def test_a_frozen_text_tower_trains_alike_in_pieces_and_is_averaged(config: DistillConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, text_tower="frozen", student=no_dropout(config.student, tmp_path), ema=0.5)
+    distill(config)
+    distill(dataclasses.replace(config, micro_batch=4, grad_checkpointing=True, out=str(tmp_path / "pieces")))
+    whole, pieces = ([values["loss"] for values in logged(tmp_path / name)] for name in ("run", "pieces"))
+    np.testing.assert_allclose(pieces, whole, rtol=1e-4)
+    torch.testing.assert_close(texts_of(tmp_path / "run" / AVERAGE), texts_of(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("text_tower", ["frozen", "copied"])

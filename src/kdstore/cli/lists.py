@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from kdstore.cli.options import Json
@@ -24,14 +26,17 @@ def list_teachers(as_json: Json = False) -> None:
 
 
 @list_app.command("students")
-def list_students(as_json: Json = False) -> None:
+def list_students(
+    names: Annotated[list[str] | None, typer.Argument(help="Count these instead: any architecture of open_clip, a config file or a model folder.")] = None,
+    as_json: Json = False,
+) -> None:
     """List the ready students with their parameters and multiply-accumulates; any other architecture or config file can be one too."""
     from dataclasses import asdict
 
-    from kdstore.distill.students import STUDENTS, student_table
+    from kdstore.distill.students import STUDENTS, count, table
 
-    table = f"{student_table()}\nAny other architecture of open_clip ('kdstore list teachers') or config file (small.json) can be a student too."
-    show({name: asdict(student) for name, student in STUDENTS.items()}, as_json, text=table)
+    students = {name: count(name) for name in names} if names else STUDENTS
+    show({name: asdict(student) for name, student in students.items()}, as_json, text=table(students))
 
 
 @list_app.command("losses")

@@ -1,7 +1,7 @@
 """The students that kdstore knows: ready architectures and what each costs.
 
 The numbers stand here so that they are listed at once and without torch; a test counts each of them again. An architecture is a JSON config of open_clip,
-its own or one in models/configs; any other config, also in a file, is a student just as well.
+its own or one in models/configs; any other config, also in a file, is a student just as well, and `count` counts it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ class KnownStudent:
     image_gmacs: float
     text_gmacs: float
     pixels: int
-    about: str
+    about: str = ""
 
 
-def student_table() -> str:
-    """Return all students as a table for a terminal."""
+def count(name: str) -> KnownStudent:
+    """Count what any architecture or config file would cost as a student; raises UnknownName and ModelError."""
+    from kdstore.models.cost import cost_of
+
+    cost = cost_of(name)
+    whole, without, image = (round(n / 1e6, 2) for n in (cost.parameters, cost.without_token_embedding, cost.image_parameters))
+    return KnownStudent(whole, without, image, round(cost.image_gmacs, 3), round(cost.text_gmacs, 3), cost.pixels)
+
+
+def table(students: dict[str, KnownStudent]) -> str:
+    """Return students as a table for a terminal."""
     row = "{:16} {:>8} {:>9} {:>9} {:>11} {:>10} {:>6}  {}"
     lines = [row.format("", "params M", "no tokens", "image", "image GMACs", "text GMACs", "pixels", "")]
-    for name, s in STUDENTS.items():
-        millions = [f"{count:.2f}" for count in (s.parameters, s.without_token_embedding, s.image_parameters)]
+    for name, s in students.items():
+        millions = [f"{number:.2f}" for number in (s.parameters, s.without_token_embedding, s.image_parameters)]
         lines.append(row.format(name, *millions, f"{s.image_gmacs:.3g}", f"{s.text_gmacs:.3g}", s.pixels, s.about))
     return "\n".join(line.rstrip() for line in lines)
 

@@ -1,7 +1,8 @@
 """What a model costs: its parameters, and the multiply-accumulates of one image and of one text.
 
-Counted and not timed: the forward passes run on meta tensors, which have shapes and no numbers. A GMAC is 1e9 multiply-accumulates of matrix products,
-convolutions and attention, half of what torch counts as floating-point operations; papers on small models call the same number "GMACs" or "FLOPs".
+Counted and not timed: the model is built of meta tensors, which have shapes and no numbers, so that the largest takes no memory either. A GMAC is 1e9
+multiply-accumulates of matrix products, convolutions and attention, half of what torch counts as floating-point operations; papers on small models call the
+same number "GMACs" or "FLOPs".
 """
 
 from __future__ import annotations
@@ -9,39 +10,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import open_clip
 import torch
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdstore.models.load import Model, parameter_counts
+from kdstore.models.load import parameter_counts, quiet
+from kdstore.models.names import resolve
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters: all, all but the token embedding, and those of the image tower; GMACs of each tower for one sample at the model's own size."""
+    """Parameters: all, all but the token embedding, and those of the image tower; GMACs of one sample of the model's own size, `pixels` a side."""
 
     parameters: int
     without_token_embedding: int
     image_parameters: int
     image_gmacs: float
     text_gmacs: float
+    pixels: int
 
 
-def cost_of(model: Model) -> Cost:
-    """Count what a model of any device costs; the model is left as it is."""
-    counts = parameter_counts(model.clip)
-    return Cost(
-        counts["total"],
-        counts["without_token_embedding"],
-        sum(p.numel() for p in model.clip.visual.parameters()),
-        _gmacs(model.clip, {"image": torch.empty(1, 3, *model.image_size, device="meta")}),
-        _gmacs(model.clip, {"text": model.tokenizer(["a"]).to("meta")}),
-    )
+def cost_of(name: str) -> Cost:
+    """Count what an architecture costs, named as a student is (without weights); raises UnknownName and ModelError as `resolve` does."""
+    resolved = resolve(name, untrained=True)
+    with quiet(), torch.device("meta"):
+        clip = open_clip.create_model(resolved.open_clip_name, load_weights=False, pretrained_text=False, device="meta").eval()
+        pixels = clip.visual.image_size if isinstance(clip.visual.image_size, int) else clip.visual.image_size[0]
+        image_BCHW, tokens_BL = torch.empty(1, 3, pixels, pixels), torch.ones(1, clip.context_length, dtype=torch.long)
+        image_gmacs, text_gmacs = _gmacs(clip, image=image_BCHW), _gmacs(clip, text=tokens_BL)
+    counts = parameter_counts(clip)
+    in_image = sum(p.numel() for p in clip.visual.parameters())
+    return Cost(counts["total"], counts["without_token_embedding"], in_image, image_gmacs, text_gmacs, pixels)
 
 
-def _gmacs(clip: Any, sample: dict[str, torch.Tensor]) -> float:
-    state = {name: tensor.to("meta") for name, tensor in (*clip.named_parameters(), *clip.named_buffers())}
+def _gmacs(clip: Any, **sample: torch.Tensor) -> float:
     # With gradients, because torch's fused attention of inference is one operation that its counter does not know.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(clip, state, kwargs=sample)
+        clip(**sample)
     return float(counter.get_total_flops()) / 2e9

@@ -136,7 +136,7 @@ def _build(
     custom_text = bool(changed.get("custom_text"))  # open_clip takes it out of the config before it lets entries be replaced
     replaced = {name: value for name, value in changed.items() if name != "custom_text"}
     try:
-        with _quiet():
+        with quiet():
             model_config = open_clip.get_model_config(resolved.open_clip_name)
             _refuse_ragged(model_config, resolved)
             tokenizer = open_clip.get_tokenizer(resolved.open_clip_name)
@@ -169,7 +169,7 @@ def _loading_hint(resolved: ModelName) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence open_clip's warnings for the cases that are errors of ours or that were asked for."""
     root = logging.getLogger()
     level = root.level

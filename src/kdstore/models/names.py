@@ -123,7 +123,9 @@ def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False
         raise UnknownName.of("model", typed, [*architectures(), *demo_teachers()], hint)
     chosen = pretrained or tag
     if untrained and chosen:
-        raise ModelError(f"{typed} is to start untrained, but the weights {chosen} were named.", f"Write {typed} alone, or do without untrained weights.")
+        raise ModelError(
+            f"{typed} is to start untrained, but the weights {chosen} were named.", f"Write {typed} alone; a student takes them with --init {chosen}."
+        )
     if untrained:
         return ModelName(arch, arch, None, short_name(arch), label=f"{arch} (untrained)")
     notice = ""
