@@ -20,7 +20,7 @@ from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.models.load import load_model
 
-STARTER = "from kdstore.cli import main; main()"
+STARTER = "from kdstore.__main__ import main; main()"
 
 
 @pytest.fixture
@@ -144,6 +144,13 @@ def test_ctrl_c_is_one_line_and_130_and_the_same_command_goes_on(tmp_path, here)
     assert 0 < json.loads(done.stdout)["written_images"] < 400
 
 
+def test_ctrl_c_during_imports_is_one_line_and_130():
+    finder = "class Finder:\n    def find_spec(name, *_):\n        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+    code = f"import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{finder}sys.meta_path.insert(0, Finder)\n{STARTER}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted: Stopped.\n")
+
+
 def test_results_are_json_on_stdout_and_progress_goes_to_stderr(store, here):
     done = here("store", "info", store, "--json")
     assert json.loads(done.stdout)["images"] == 64
@@ -190,5 +197,5 @@ def test_every_option_is_none_unless_given():
 
 def test_the_package_declares_its_entry_point():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"kdstore": "kdstore.cli:main"}
+    assert project["scripts"] == {"kdstore": "kdstore.__main__:main"}
     assert {"torch", "open_clip_torch", "faiss-cpu", "zarr", "numcodecs", "dask", "typer", "datasets"} <= {d.split(">=")[0] for d in project["dependencies"]}

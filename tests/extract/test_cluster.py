@@ -95,6 +95,18 @@ def test_processes_of_this_machine_write_the_store_of_one_process(tmp_path, dige
     assert found["rates"]["bottleneck"] in ("reading", "model", "writing")
 
 
+def test_ctrl_c_to_all_processes_of_a_run_is_one_line_and_leaves_none(tmp_path):
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from kdstore.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "extract", *SETTINGS, "--data", "scenes/val:2000", "--workers", "2", "--out", "s"]
+    with subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_for(lambda: list((tmp_path / "s/_build").glob("units/image-*.json")), process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        said = process.communicate()[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("interrupted:")
+
+
 def test_a_unit_that_fails_three_times_is_named_and_the_rest_is_kept(tmp_path):
     for k in range(40):
         Image.new("RGB", (64, 64), (6 * k, 9, 9)).save(tmp_path / f"{k}.png")

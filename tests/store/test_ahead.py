@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,13 @@ def test_reading_ahead_is_bounded_and_ends_with_its_threads() -> None:
     batches.close()
     assert len(made) <= 6
     assert not reading()
+
+
+def test_a_generator_that_a_program_leaves_open_ends_with_it_in_silence() -> None:
+    kept = "class Kept: pass\nkept = Kept()\nkept.me, kept.left = kept, read_ahead(str, range(100), 2)"  # a cycle is collected when modules are gone
+    program = f"from kdstore.store.ahead import read_ahead\n{kept}\nprint(next(kept.left))\ndel kept"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 def test_an_error_comes_at_its_item_and_ends_the_threads() -> None:

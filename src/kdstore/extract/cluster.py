@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +94,22 @@ def _client(config: ExtractConfig) -> Iterator[Client]:
             yield client
         return
     logging.getLogger("distributed").setLevel(logging.ERROR)
-    with (
-        dask.config.set({"distributed.comm.retry.count": 3, "distributed.worker.memory.terminate": False}),
-        LocalCluster(n_workers=config.workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR, memory_limit=0) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set({"distributed.comm.retry.count": 3, "distributed.worker.memory.terminate": False}):
+        with _deaf_to_ctrl_c():
+            cluster = LocalCluster(n_workers=config.workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR, memory_limit=0)
+        with cluster, Client(cluster) as client:
+            yield client
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Let the processes of a cluster that is made in this block, and those that replace them, not see the Ctrl-C that a terminal sends to all: we end them.
+
+    A mask of signals passes to the threads that are made under it, and from them to their processes; ours sees the signal after the block.
+    """
+    resource_tracker.ensure_running()  # else the thread of the first worker starts it, and takes the mask off
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

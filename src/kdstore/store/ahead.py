@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,7 @@ def read_ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int
     waiting: deque[Future[Made]] = deque()
     remaining = iter(items)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ahead")
+    end = weakref.finalize(waiting, pool.shutdown, wait=True, cancel_futures=True)  # at exit too: a generator left open is closed after modules are gone
     try:
         waiting.extend(pool.submit(make, item) for item in itertools.islice(remaining, 2 * threads if depth is None else depth))
         while waiting:
@@ -44,7 +46,7 @@ def read_ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int
             waiting.extend(pool.submit(make, item) for item in itertools.islice(remaining, 1))
             yield made
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        end()
 
 
 def gather_ahead(
