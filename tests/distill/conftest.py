@@ -13,11 +13,13 @@ import torch
 
 from kdstore.data.scenes import Scenes
 from kdstore.data.source import Caption, LoadedImage, Source
+from kdstore.distill.tokens import Standard
 from kdstore.models.encode import encode_image, encode_text
 from kdstore.models.load import Model, load_model
 from kdstore.store import Plan, StoreWriter, embedding_array
 
 NUM_IMAGES = 40
+SIGMOID_BIAS = -6.0
 
 
 @dataclass
@@ -58,19 +60,27 @@ class LiveTeacher:
     model: Model
     source: Source
     dtype: type = np.float32
+    logit_bias: float | None = None
 
     def __post_init__(self) -> None:
-        self.dim = self.model.embed_dim
+        self.name = "live"
         self.logit_scale = self.model.logit_scale
         self.texts = [caption.text for i in range(len(self.source)) for caption in self.source.captions(i)]
 
-    def image_embeddings(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+    def shape(self, array: str) -> tuple[int, ...]:
+        return (self.model.embed_dim,)
+
+    def image(self, array: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        assert array == "image/embedding"
         assert not views.any()
         images = torch.stack([self.model.preprocess(self.source.image(int(row)).image) for row in rows])
         return encode_image(self.model, images).numpy().astype(self.dtype)
 
-    def text_embeddings(self, rows: np.ndarray) -> np.ndarray:
+    def text(self, array: str, rows: np.ndarray) -> np.ndarray:
         return encode_text(self.model, [self.texts[row] for row in rows]).numpy().astype(self.dtype)
+
+    def standard(self, array: str, kind: str) -> Standard:
+        raise NotImplementedError("tokens are not compared with a live teacher")
 
 
 @pytest.fixture(scope="session")
@@ -92,13 +102,14 @@ def teacher() -> Model:
 @pytest.fixture(scope="session")
 def live_teacher(teacher: Model, source: Scenes) -> Callable[..., LiveTeacher]:
     """The session's teacher as targets that run on every batch."""
-    return lambda dtype=np.float32: LiveTeacher(teacher, source, dtype)
+    return lambda dtype=np.float32, logit_bias=None: LiveTeacher(teacher, source, dtype, logit_bias)
 
 
 @pytest.fixture(scope="session")
 def features(source: Scenes, live_teacher: Callable[..., LiveTeacher]) -> Features:
     live = live_teacher()
-    return Features(live.image_embeddings(np.arange(len(source)), np.zeros(len(source))), live.text_embeddings(np.arange(len(live.texts))))
+    image_ND = live.image("image/embedding", np.arange(len(source)), np.zeros(len(source)))
+    return Features(image_ND, live.text("text/embedding", np.arange(len(live.texts))))
 
 
 @pytest.fixture(scope="session")
@@ -106,16 +117,21 @@ def make_store(source: Scenes, teacher: Model, features: Features, tmp_path_fact
     """Write a store of the session's source; `invalid` images have no features, `sides` says which embeddings it holds."""
 
     def make(
-        dtype: str = "float32", invalid: Iterable[int] = (), sides: tuple[str, ...] = ("image", "text"), logit_scale: float | None = teacher.logit_scale
+        dtype: str = "float32",
+        invalid: Iterable[int] = (),
+        sides: tuple[str, ...] = ("image", "text"),
+        logit_scale: float | None = teacher.logit_scale,
+        logit_bias: float | None = None,
+        name: str = "scenes-T",
     ) -> Path:
-        path = tmp_path_factory.mktemp("store") / "scenes-T"
+        path = tmp_path_factory.mktemp("store") / name
         plan = Plan.freeze(((source.key(i), source.captions(i)) for i in range(len(source))), unit_rows=16)
         dim = teacher.embed_dim
         arrays = [embedding_array(plan, side, dim, dtype=dtype) for side in ("image", "text") if side in sides]
         known = {name: teacher.identity["teacher"][name] for name in ("config", "weights_sha256")}
         identity = {
             "format": 1,
-            "teacher": {"name": "scenes-T", "embed_dim": dim, "logit_scale": logit_scale, "logit_bias": None, **known},
+            "teacher": {"name": "scenes-T", "embed_dim": dim, "logit_scale": logit_scale, "logit_bias": logit_bias, **known},
             "source": {"fingerprint": plan.fingerprint},
         }
         image = features.image.copy()
@@ -143,6 +159,12 @@ def image_row(source: Source, i: int, valid: bool) -> dict[str, object]:
 @pytest.fixture(scope="session")
 def store(make_store: Callable[..., Path]) -> Path:
     return make_store()
+
+
+@pytest.fixture(scope="session")
+def sigmoid_store(make_store: Callable[..., Path]) -> Path:
+    """A store whose teacher says that it was trained with a sigmoid."""
+    return make_store(logit_bias=SIGMOID_BIAS, name="sigmoid")
 
 
 @pytest.fixture(scope="session")

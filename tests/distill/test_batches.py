@@ -19,9 +19,11 @@ from PIL import Image
 from kdstore.data.scenes import Scenes
 from kdstore.data.source import Caption, LoadedImage, Source, UndecodableImage
 from kdstore.distill.batches import BatchPlan, Maker
+from kdstore.distill.config import DistillConfig
 from kdstore.distill.encoded import row_tensors
-from kdstore.distill.pairs import Pairs, pairs_of_source, pairs_of_store
+from kdstore.distill.pairs import Pairs, Texts, pairs_of_source, pairs_of_stores
 from kdstore.distill.targets import StoreTargets
+from kdstore.distill.teachers import describe_teachers
 from kdstore.distill.views import Kept, split_preprocess
 from kdstore.errors import ConfigError, JoinError, MissingFeature, SourceError
 from kdstore.models.load import Model
@@ -64,11 +66,11 @@ def test_too_few_pairs_for_a_batch_are_an_error_that_says_how_many_there_are() -
 def captioned(counts: list[int]) -> Pairs:
     offsets = np.cumsum([0, *counts]).astype(np.int64)
     rows, texts = np.arange(len(counts)), np.arange(offsets[-1])
-    return Pairs(rows, rows, texts, offsets, texts, pa.array([f"caption {t}" for t in texts], pa.large_string()))
+    return Pairs(rows, (rows,), Texts(offsets, texts, (texts,)), pa.array([f"caption {t}" for t in texts], pa.large_string()))
 
 
 def maker(pairs: Pairs, batch_size: int, **parts: object) -> Maker:
-    unused = {"source": None, "targets": None, "keep": None, "tokenizer": None, "kept": Kept(0)}
+    unused = {"source": None, "targets": (), "needs": ("image/embedding", "text/embedding"), "keep": None, "tokenizer": None, "kept": Kept(0)}
     return Maker(BatchPlan(len(pairs), batch_size, 3), pairs, **{**unused, **parts})  # type: ignore[arg-type]
 
 
@@ -76,13 +78,13 @@ def maker(pairs: Pairs, batch_size: int, **parts: object) -> Maker:
 def test_the_caption_shown_is_always_one_of_the_image(counts: list[int], step: int) -> None:
     pairs = captioned(counts)
     make = maker(pairs, 1)
-    (pair,), (text,) = make.plan.batch(step), make.text_rows(step)
-    assert text in pairs.text_rows[pairs.text_offsets[pair] : pairs.text_offsets[pair + 1]]
+    (pair,), (text,) = make.plan.batch(step), make.texts(step)
+    assert pairs.texts.offsets[pair] <= text < pairs.texts.offsets[pair + 1]
 
 
 def test_captions_are_drawn_uniformly_and_anew_in_every_epoch() -> None:
     make = maker(captioned([4, 4]), 2)
-    counts = Counter(int(text) for step in range(2000) for text in make.text_rows(step))
+    counts = Counter(int(text) for step in range(2000) for text in make.texts(step))
     assert set(counts) == set(range(8))
     assert all(400 < count < 600 for count in counts.values())
 
@@ -92,7 +94,7 @@ def test_pairs_without_a_store_are_all_pairs_of_the_source(source: Scenes) -> No
     assert len(pairs) == len(source)
     assert not pairs.left_out
     for i in (0, 17):
-        texts = [pairs.captions[int(pairs.caption_ids[t])].as_py() for t in pairs.text_rows[pairs.text_offsets[i] : pairs.text_offsets[i + 1]]]
+        texts = [pairs.captions[int(id)].as_py() for id in pairs.texts.ids[pairs.texts.offsets[i] : pairs.texts.offsets[i + 1]]]
         assert texts == [caption.text for caption in source.captions(i)]
 
 
@@ -101,7 +103,7 @@ def test_images_without_captions_and_probe_captions_are_left_out_and_counted(sel
     pairs = pairs_of_source(select([0, 1, 2], captions=lambda i: captions[i]))
     assert pairs.source_rows.tolist() == [2]
     assert pairs.left_out == {"without a caption": 2}
-    assert [pairs.captions[int(pairs.caption_ids[t])].as_py() for t in pairs.text_rows] == ["kept"]
+    assert pairs.captions.take(pa.array(pairs.texts.ids)).to_pylist() == ["kept"]
 
 
 def test_store_and_source_are_joined_by_key_and_what_is_left_out_is_counted(
@@ -109,15 +111,15 @@ def test_store_and_source_are_joined_by_key_and_what_is_left_out_is_counted(
 ) -> None:
     store = open_store(make_store(invalid=[5, 6]))
     rows = [30, 5, 2, 17, 9]
-    pairs = pairs_of_store(store, select(rows))
-    assert {rows[i]: int(target) for i, target in zip(pairs.source_rows, pairs.target_rows, strict=True)} == {2: 2, 9: 9, 17: 17, 30: 30}
+    pairs = pairs_of_stores([store], select(rows))
+    assert {rows[i]: int(target) for i, target in zip(pairs.source_rows, pairs.target_rows[0], strict=True)} == {2: 2, 9: 9, 17: 17, 30: 30}
     assert pairs.left_out == {"not in the source": len(source) - 5, "not valid in the store": 1}
 
 
 def test_equal_captions_share_one_id(source: Scenes, store: Path) -> None:
-    for pairs in (pairs_of_source(source), pairs_of_store(open_store(store), source)):
+    for pairs in (pairs_of_source(source), pairs_of_stores([open_store(store)], source)):
         texts = [caption.text for i in range(len(source)) for caption in source.captions(i)]
-        assert pairs.captions.take(pa.array(pairs.caption_ids)).to_pylist() == texts
+        assert pairs.captions.take(pa.array(pairs.texts.ids)).to_pylist() == texts
         assert len(pairs.captions) == len(set(texts)) < len(texts)
 
 
@@ -129,10 +131,10 @@ def test_every_target_is_that_of_the_image_and_the_caption_shown(
 ) -> None:
     store = open_store(make_store(invalid=[3]))
     shuffled = select(np.random.default_rng(0).permutation(len(source)).tolist())
-    pairs = pairs_of_store(store, shuffled)
+    pairs = pairs_of_stores([store], shuffled)
     keep, finish = split_preprocess(teacher.preprocess)
     targets = StoreTargets(store, ("image/embedding", "text/embedding"))
-    make = maker(pairs, 8, source=shuffled, targets=targets, keep=keep, tokenizer=teacher.tokenizer, kept=Kept(2**20))
+    make = maker(pairs, 8, source=shuffled, targets=(targets,), keep=keep, tokenizer=teacher.tokenizer, kept=Kept(2**20))
     for step in range(7):
         batch = make(step)
         with torch.inference_mode():
@@ -144,12 +146,12 @@ def test_every_target_is_that_of_the_image_and_the_caption_shown(
 
 
 def test_batches_do_not_depend_on_threads_or_memory(source: Scenes, store: Path, teacher: Model) -> None:
-    pairs = pairs_of_store(open_store(store), source)
+    pairs = pairs_of_stores([open_store(store)], source)
     keep, _ = split_preprocess(teacher.preprocess)
     targets = StoreTargets(open_store(store), ("image/embedding", "text/embedding"))
 
     def batches(threads: int, memory: int) -> list[torch.Tensor]:
-        make = maker(pairs, 8, source=source, targets=targets, keep=keep, tokenizer=teacher.tokenizer, kept=Kept(memory))
+        make = maker(pairs, 8, source=source, targets=(targets,), keep=keep, tokenizer=teacher.tokenizer, kept=Kept(memory))
         return [t for batch in read_ahead(make, range(3, 12), threads) for t in row_tensors(batch)]
 
     assert all(torch.equal(a, b) for a, b in zip(batches(1, 0), batches(5, 2**30), strict=True))
@@ -158,7 +160,7 @@ def test_batches_do_not_depend_on_threads_or_memory(source: Scenes, store: Path,
 def test_an_image_other_than_the_teachers_is_refused(source: Scenes, store: Path, teacher: Model, select: Callable[..., Source]) -> None:
     repainted = select([3, 4], image=lambda row: source.image(row + 1))
     with pytest.raises(JoinError, match="is not the one the store was extracted from"):
-        maker(pairs_of_store(open_store(store), repainted), 2, source=repainted, tokenizer=teacher.tokenizer)(0)
+        maker(pairs_of_stores([open_store(store)], repainted), 2, source=repainted, tokenizer=teacher.tokenizer)(0)
 
 
 def test_an_image_that_cannot_be_decoded_is_named(source: Scenes, teacher: Model, select: Callable[..., Source]) -> None:
@@ -173,8 +175,11 @@ def test_an_image_that_cannot_be_decoded_is_named(source: Scenes, teacher: Model
 def test_a_store_that_lacks_what_the_loss_needs_is_refused(make_store: Callable[..., Path]) -> None:
     with pytest.raises(MissingFeature, match="text/embedding"):
         StoreTargets(open_store(make_store(sides=("image",))), ("image/embedding", "text/embedding"))
+    unscaled = StoreTargets(open_store(make_store(logit_scale=None)), ("image/embedding", "text/embedding", "logit_scale"))
     with pytest.raises(MissingFeature, match="logit scale"):
-        StoreTargets(open_store(make_store(logit_scale=None)), ("image/embedding", "text/embedding", "logit_scale"))
+        describe_teachers(DistillConfig(loss="crd"), (unscaled,))
+    assert describe_teachers(DistillConfig(loss="crd", teacher_temperature=50.0), (unscaled,))[0].softmax_scale == 50
+    assert describe_teachers(DistillConfig(loss="fd"), (unscaled,))
 
 
 # Views

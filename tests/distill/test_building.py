@@ -87,7 +87,7 @@ def test_a_frozen_text_tower_is_neither_run_nor_trained_and_its_export_is_one_op
     assert all(torch.equal(exported.state_dict()[name], tensor) for name, tensor in trained.items())
     drawn = load_model(student, untrained=True, seed=config.seed, device="cpu", changed={"embed_dim": teacher.embed_dim}).clip.state_dict()
     assert not any(torch.equal(drawn[name], tensor) for name, tensor in trained.items()), "the whole image tower is trained, its projection too"
-    assert not checkpoint(tmp_path / "run")["objective"].keys() & {"image_projector.weight", "text_projector.weight"}
+    assert not checkpoint(tmp_path / "run")["objective"].keys() & {"heads.0.image_projector.weight", "heads.0.text_projector.weight"}
     run = read_json(tmp_path / "run" / "run.json")
     assert run["student"]["started_from"]["text"]["weights_sha256"] == weights_sha256(teacher.clip)
 
@@ -123,12 +123,12 @@ def no_dropout(student: str, tmp_path: Path) -> str:
 def shown_captions(config: DistillConfig, source: Scenes) -> list[str]:
     """The caption of each image, by row, that the one batch of a run shows."""
     from kdstore.distill.batches import BatchPlan, Maker
-    from kdstore.distill.pairs import pairs_of_store
+    from kdstore.distill.pairs import pairs_of_stores
     from kdstore.distill.views import Kept
 
-    pairs, plan = pairs_of_store(open_store(config.cache or ""), source), BatchPlan(40, 40, config.seed)
-    rows = Maker(plan, pairs, source, None, None, None, Kept(0)).text_rows(0)  # type: ignore[arg-type]
-    captions = {int(image): pairs.captions[int(i)].as_py() for image, i in zip(plan.batch(0), pairs.caption_ids[rows], strict=True)}
+    pairs, plan = pairs_of_stores([open_store(config.caches[0])], source), BatchPlan(40, 40, config.seed)
+    texts = Maker(plan, pairs, source, (), (), None, None, Kept(0)).texts(0)  # type: ignore[arg-type]
+    captions = {int(image): pairs.captions[int(i)].as_py() for image, i in zip(plan.batch(0), pairs.texts.ids[texts], strict=True)}
     return [captions[i] for i in range(40)]
 
 

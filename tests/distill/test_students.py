@@ -39,7 +39,7 @@ def test_a_student_takes_a_step_and_its_export_is_the_same_model(name: str, tmp_
     model = build_student(config, None, torch.device("cpu")).model
     keep, finish = split_preprocess(model.preprocess)
     pairs = pairs_of_source(source)
-    batch = Maker(BatchPlan(len(pairs), 2, 0), pairs, source, None, keep, model.tokenizer, Kept(0))(0)
+    batch = Maker(BatchPlan(len(pairs), 2, 0), pairs, source, (), (), keep, model.tokenizer, Kept(0))(0)
     training = Training(
         config, 1, model.clip.train(), Objective("clip", student_dim=model.embed_dim), finish, model.device, torch.float32, Share.of(2, World(), None)
     )

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from kdstore.data.scenes import Scenes
 from kdstore.distill.config import DistillConfig
-from kdstore.distill.losses import LOSSES, needs_of, parse_loss
+from kdstore.distill.losses import LOSSES, needs_of, parse_loss, parts_of
 from kdstore.distill.optimiser import learning_rate, make_optimiser
 from kdstore.distill.runfolder import Log
 from kdstore.distill.train import DistillResult, distill
@@ -87,14 +87,19 @@ def stop_at(step: int) -> Callable[..., None]:
 # The teacher in the store and the live teacher
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if needs_of(parse_loss(name))])
+OF_EMBEDDINGS = [name for name in LOSSES if "image/tokens" not in needs_of(parse_loss(name))]
+
+
+@pytest.mark.parametrize("loss", [name for name in OF_EMBEDDINGS if needs_of(parse_loss(name))])
 def test_distilling_from_the_store_gives_the_loss_curve_of_the_live_teacher(
-    loss: str, config: DistillConfig, source: Scenes, live_teacher: Callable[..., Any], tmp_path: Path
+    loss: str, config: DistillConfig, source: Scenes, sigmoid_store: Path, live_teacher: Callable[..., Any], tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(config, loss=loss, samples=3 * 8)
+    bias = open_store(sigmoid_store).identity["teacher"]["logit_bias"] if "logit_bias" in needs_of(parse_loss(loss)) else None
+    config = dataclasses.replace(config, loss=loss, samples=3 * 8, cache=config.cache if bias is None else str(sigmoid_store))
     distill(config)
     live = dataclasses.replace(config, cache=None, out=str(tmp_path / "live"))
-    distill(live, source=source, targets=live_teacher())
+    distill(live, source=source, targets=live_teacher(logit_bias=bias))
+    assert len(losses(tmp_path / "run")) == 3
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "live"), rtol=1e-4)
 
 
@@ -188,7 +193,7 @@ def test_a_run_folder_of_other_settings_is_refused_with_the_differences(config: 
     distill(config)
     with pytest.raises(RunError, match=r"another run: lr is 0.002 there and 0.001 here; seed is 0 there and 1 here\."):
         distill(dataclasses.replace(config, lr=1e-3, seed=1))
-    with pytest.raises(RunError, match="store is 'sha256"):
+    with pytest.raises(RunError, match="stores is \\['sha256"):
         distill(dataclasses.replace(config, cache=str(make_store("float16"))))
 
 
@@ -232,28 +237,33 @@ def test_a_damaged_checkpoint_is_named(damage: bytes | None, config: DistillConf
 # What is trained
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_after_one_step_every_parameter_of_student_and_loss_has_changed(loss: str, config: DistillConfig) -> None:
-    distill(dataclasses.replace(config, loss=loss, samples=8, projector="always"))
+@pytest.mark.parametrize("loss", OF_EMBEDDINGS)
+def test_after_one_step_every_parameter_of_student_and_loss_has_changed(loss: str, config: DistillConfig, sigmoid_store: Path) -> None:
+    store = sigmoid_store if "logit_bias" in needs_of(parse_loss(loss)) else config.cache
+    distill(dataclasses.replace(config, loss=loss, samples=8, projector="always", cache=str(store)))
     state = checkpoint(config.out or "")
     before = load_model(config.student, untrained=True, seed=config.seed, device="cpu").clip.state_dict()
+    if "bias" in parts_of(parse_loss(loss)):
+        before |= {"logit_bias": torch.tensor(-10.0), "logit_scale": torch.tensor(10.0).log()}
     still = {name for name, value in state["clip"].items() if torch.equal(value, before[name])}
-    uses_scale = {"clip", "crd", "teacher-ce"} & set(parse_loss(loss))
-    assert still == (set() if uses_scale else {"logit_scale"}), "a term that brings its own scale leaves the student's alone"
+    if set(parse_loss(loss)) <= {"vl", "pvl", "udist"}:
+        assert all(name.startswith("visual") == (name not in still) for name in before), "terms of images alone leave the texts alone"
+    else:
+        own_scale = set(parse_loss(loss)) <= {"icl", "icl-exp", "cross-kd", "afd", "fd", "mfd", "fd-cos", "affinity", "rkd-d", "rkd-a", "logit-std"}
+        assert still == ({"logit_scale"} if own_scale else set()), "a term that brings its own scale leaves the student's alone"
     moments = state["optimiser"]["state"]
     assert len(moments) == len(before) + len(state["objective"]) - len(still), "every parameter is in the optimiser"
-    projects = any(name in parse_loss(loss) for name in ("fd", "fd-cos", "icl", "icl-exp"))
-    assert any("projector" in name for name in state["objective"]) == projects
+    assert any("projector" in name for name in state["objective"]) == ("image projector" in parts_of(parse_loss(loss)))
 
 
 def test_projectors_start_from_the_seed_and_are_trained(config: DistillConfig, tmp_path: Path) -> None:
     for seed in (0, 1):
         distill(dataclasses.replace(config, samples=8, lr=0.0, seed=seed, out=str(tmp_path / f"start{seed}")))
     distill(config)
-    starts = [checkpoint(tmp_path / f"start{seed}")["objective"]["image_projector.weight"] for seed in (0, 1)]
+    starts = [checkpoint(tmp_path / f"start{seed}")["objective"]["heads.0.image_projector.weight"] for seed in (0, 1)]
     assert starts[0].shape == (64, 24)
     assert not torch.equal(starts[0], starts[1])
-    assert not torch.equal(checkpoint(tmp_path / "run")["objective"]["image_projector.weight"], starts[0])
+    assert not torch.equal(checkpoint(tmp_path / "run")["objective"]["heads.0.image_projector.weight"], starts[0])
 
 
 def test_the_loss_falls(config: DistillConfig) -> None:
@@ -331,13 +341,17 @@ def test_run_json_says_where_the_student_comes_from(
 ) -> None:
     result = distill(config)
     run = read_json(tmp_path / "run" / "run.json")
-    assert run["store"]["digest"] == open_store(store).digest
-    assert run["store"]["identity"]["teacher"]["name"] == "scenes-T"
+    assert run["stores"][0]["digests"] == [open_store(store).digest]
+    assert run["stores"][0]["identity"]["teacher"]["name"] == "scenes-T"
     assert run["settings"]["seed"] == 0
     assert run["settings"]["precision"] == "fp32"
     assert run["settings"]["source"] == open_store(store).fingerprint
     assert run["source"] == source.spec
-    assert run["loss"] == {"terms": {"clip": 1.0, "crd": 1.0, "icl": 1.0, "fd": 2000.0}, "weight_on_one_minus_cos": 4000 / 64, "projector": [24, 64]}
+    assert run["loss"]["terms"] == {"clip": 1.0, "crd": 1.0, "icl": 1.0, "fd": 2000.0}
+    (taught,) = run["loss"]["teachers"]
+    assert taught["weight_on_one_minus_cos"] == 4000 / 64
+    assert taught["projector"] == [24, 64]
+    assert taught["softmax_scale"] == taught["logit_scale"]
     assert run["pairs"] == {"used": 40, "left_out": {}, "dropped_per_epoch": 0, "epochs": 7 / 5}
     assert run["result"]["samples_per_second"] > 0
     assert 0 <= run["result"]["waiting"] <= 1

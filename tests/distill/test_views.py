@@ -15,7 +15,7 @@ from PIL import Image
 from kdstore.data.scenes import Scenes
 from kdstore.distill.batches import BatchPlan, Maker
 from kdstore.distill.config import DistillConfig
-from kdstore.distill.pairs import pairs_of_store
+from kdstore.distill.pairs import pairs_of_stores
 from kdstore.distill.targets import StoreTargets, views_to_show
 from kdstore.distill.train import distill
 from kdstore.distill.views import Kept, split_preprocess
@@ -44,9 +44,9 @@ def viewed(source: Scenes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def maker(store: Store, source: Scenes, model: Model, memory: int = 0, choice: str = "auto") -> Maker:
     keep, _ = split_preprocess(model.preprocess)
-    pairs = pairs_of_store(store, source)
-    stored = views_to_show(choice, store, NEEDS)
-    return Maker(BatchPlan(len(pairs), 8, 3), pairs, source, StoreTargets(store, NEEDS), keep, model.tokenizer, Kept(memory), stored)
+    pairs = pairs_of_stores([store], source)
+    stored = views_to_show(choice, [store], NEEDS)
+    return Maker(BatchPlan(len(pairs), 8, 3), pairs, source, (StoreTargets(store, NEEDS),), NEEDS, keep, model.tokenizer, Kept(memory), stored)
 
 
 def losses(path: Path) -> list[float]:
@@ -67,7 +67,7 @@ def test_every_target_is_that_of_the_view_shown_and_of_no_other(viewed: Path, so
             seen_BD = trained.clip.encode_image(finish(batch.views_BCHW))
         assert cosine(batch.told.teachers[0].image_BD, seen_BD).min() >= 0.9999
         others_B = (make.views(step) + 1) % 3
-        other_BD = torch.from_numpy(store.gather("image/embedding", make.pairs.target_rows[make.plan.batch(step)], others_B))
+        other_BD = torch.from_numpy(store.gather("image/embedding", make.pairs.target_rows[0][make.plan.batch(step)], others_B))
         assert cosine(other_BD, seen_BD).max() < 0.9999
         shown |= set(make.views(step).tolist())
     assert shown == {0, 1, 2}
@@ -149,6 +149,6 @@ def test_an_array_without_targets_of_all_views_is_no_target_of_augmented_ones(vi
     extract(ExtractConfig(teacher="scenes-S", data=source.spec, out=str(tmp_path / "s"), device="cpu", views=1, tokens="image"))
     store = open_store(tmp_path / "s")
     with pytest.raises(MissingFeature, match="1 of 2 views in image/tokens"):
-        views_to_show("auto", store, ("image/tokens",))
-    assert views_to_show("plain", store, ("image/tokens",)) is None
-    assert views_to_show("auto", None, NEEDS) is None
+        views_to_show("auto", [store], ("image/tokens",))
+    assert views_to_show("plain", [store], ("image/tokens",)) == ()
+    assert views_to_show("auto", [], NEEDS) == ()

@@ -68,9 +68,9 @@ def test_decoded_features_are_those_of_the_teacher_within_the_stated_error(whole
 def test_a_student_is_given_decoded_embeddings(whole):
     store = open_store(whole[0])
     targets = StoreTargets(store, ("image/embedding", "text/embedding"))
-    np.testing.assert_array_equal(targets.image_embeddings(np.array([3, 1]), np.array([0, 0])), store.features("image/embedding", [3, 1]))
-    assert targets.text_embeddings(np.array([0])).dtype == np.float32
-    assert targets.dim == store.features("image/embedding", [0]).shape[1]
+    np.testing.assert_array_equal(targets.image("image/embedding", np.array([3, 1]), np.array([0, 0])), store.features("image/embedding", [3, 1]))
+    assert targets.text("text/embedding", np.array([0])).dtype == np.float32
+    assert targets.shape("image/embedding") == store.features("image/embedding", [0]).shape[1:]
 
 
 def test_a_run_that_stopped_takes_its_codecs_from_the_build_folder(whole, tmp_path, monkeypatch):

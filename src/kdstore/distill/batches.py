@@ -20,12 +20,12 @@ from torch import Tensor
 from kdstore.data.source import Source, UndecodableImage
 from kdstore.distill.distributed import Share
 from kdstore.distill.encoded import Supervision, TeacherRows, map_rows
-from kdstore.distill.pairs import Pairs, Rows
+from kdstore.distill.pairs import Pairs, Rows, Texts
 from kdstore.distill.targets import Targets
 from kdstore.distill.views import Kept, Pixels
 from kdstore.errors import ConfigError, JoinError, SourceError
 from kdstore.store import StoredViews
-from kdstore.store.order import CAPTION, VIEW, Order, draw
+from kdstore.store.order import CAPTION, DROP, VIEW, Order, draw
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ class BatchPlan:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch, ready for the step: kept views [B, C, H, W], tokens [B, L], and what it is supervised with."""
+    """One batch, ready for the step: kept views [B, C, H, W], tokens [B, L] of a caption or two, and what it is supervised with."""
 
     views_BCHW: Tensor
     tokens_BL: Tensor
     told: Supervision
+    synthetic_BL: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`, without waiting where the batch is pinned."""
@@ -85,38 +86,40 @@ class Maker:
     plan: BatchPlan
     pairs: Pairs
     source: Source
-    targets: Targets | None
+    targets: tuple[Targets, ...]
+    needs: tuple[str, ...]  # arrays that are read of the targets
     keep: Callable[..., Pixels]
     tokenizer: Callable[[list[str]], Tensor] | None  # None: the teacher's text embeddings stand where tokens would
     kept: Kept
-    stored: StoredViews | None = None  # the views to show; None: the plain one alone
+    stored: tuple[StoredViews, ...] = ()  # the views to show, of each store; none: the plain one alone
     pin: bool = False
     one_tokenizer: threading.Lock = field(default_factory=threading.Lock)  # tokenizers of transformers are not thread-safe
 
     def __call__(self, step: int) -> Batch:
-        pairs_B = self.plan.batch(step)
-        text_rows_B, views_B = self.text_rows(step), self.views(step)
-        caption_ids_B = self.pairs.caption_ids[text_rows_B]
-        teachers = self._teachers(pairs_B, views_B, text_rows_B)
+        pairs_B, views_B, teachers = self.plan.batch(step), self.views(step), self.teachers(step)
+        ids_B = self.pairs.texts.ids[self.texts(step)]
+        synthetic_ids_B = None if self.pairs.synthetic is None else self.pairs.synthetic.ids[self.synthetic_texts(step)]
+        first = teachers[0] if teachers else TeacherRows()
         batch = Batch(
             torch.from_numpy(self.kept.get("view", (pairs_B * self._num_views + views_B).tolist(), self._pixels)),
-            teachers[0].text_BD.float() if self.tokenizer is None else torch.from_numpy(self.kept.get("tokens", caption_ids_B.tolist(), self._tokens)).long(),
-            Supervision(torch.from_numpy(caption_ids_B), teachers=teachers),
+            self._tokens(ids_B, first.text_BD),
+            Supervision(torch.from_numpy(ids_B), None if synthetic_ids_B is None else torch.from_numpy(synthetic_ids_B), teachers),
+            None if synthetic_ids_B is None else self._tokens(synthetic_ids_B, first.synthetic_BD),
         )
         return batch.pinned() if self.pin else batch
 
-    def _teachers(self, pairs_B: Rows, views_B: Rows, text_rows_B: Rows) -> tuple[TeacherRows, ...]:
-        if self.targets is None:
-            return ()
-        image_BD = self.targets.image_embeddings(self.pairs.target_rows[pairs_B], views_B)
-        return (TeacherRows(torch.from_numpy(image_BD), torch.from_numpy(self.targets.text_embeddings(text_rows_B))),)
+    def teachers(self, step: int) -> tuple[TeacherRows, ...]:
+        """Return what each teacher says of the batch of a step."""
+        return tuple(self._teacher(k, targets, step) for k, targets in enumerate(self.targets))
 
-    def text_rows(self, step: int) -> Rows:
-        """Return the text row [B] of the caption that each pair of a step shows."""
-        pairs_B = self.plan.batch(step)
-        start, stop = self.pairs.text_offsets[pairs_B], self.pairs.text_offsets[pairs_B + 1]
-        choice = draw(self.plan.seed, self.plan.epoch(step), CAPTION, pairs_B) % (stop - start).astype(np.uint64)
-        return self.pairs.text_rows[start + choice.astype(np.int64)]
+    def texts(self, step: int) -> Rows:
+        """Return the number [B], among `pairs.texts`, of the caption that each pair of a step shows."""
+        return self._drawn(self.pairs.texts, step)
+
+    def synthetic_texts(self, step: int) -> Rows:
+        """Return the number [B], among `pairs.synthetic`, of the synthetic caption of each pair of a step."""
+        assert self.pairs.synthetic is not None
+        return self._drawn(self.pairs.synthetic, step)
 
     def views(self, step: int) -> Rows:
         """Return the view [B] in which each pair of a step is shown."""
@@ -126,27 +129,72 @@ class Maker:
 
     @property
     def _num_views(self) -> int:
-        return 1 if self.stored is None else self.stored.count
+        return self.stored[0].count if self.stored else 1
+
+    def _drawn(self, texts: Texts, step: int) -> Rows:
+        pairs_B = self.plan.batch(step)
+        start, stop = texts.offsets[pairs_B], texts.offsets[pairs_B + 1]
+        choice = draw(self.plan.seed, self.plan.epoch(step), CAPTION, pairs_B) % (stop - start).astype(np.uint64)
+        return start + choice.astype(np.int64)
+
+    def _teacher(self, k: int, targets: Targets, step: int) -> TeacherRows:
+        """Read a teacher's rows; those that it lacks are told by `valid_B` and hold zeros."""
+        pairs_B, views_B = self.plan.batch(step), self.views(step)
+        image_B, text_B = self.pairs.target_rows[k][pairs_B], self.pairs.texts.rows[k][self.texts(step)]
+        synthetic_B = text_B if self.pairs.synthetic is None else self.pairs.synthetic.rows[k][self.synthetic_texts(step)]
+        valid_B = (image_B >= 0) & (text_B >= 0) & (synthetic_B >= 0)
+
+        def read(array: str, rows_B: Rows, *, wanted: bool = True) -> Tensor | None:
+            if not wanted or array not in self.needs:
+                return None
+            views = (views_B[valid_B],) if array.startswith("image/") else ()
+            found = (targets.image if views else targets.text)(array, rows_B[valid_B], *views)
+            if valid_B.all():
+                return torch.from_numpy(found)
+            all_B = np.zeros((len(rows_B), *targets.shape(array)), found.dtype)
+            all_B[valid_B] = found
+            return torch.from_numpy(all_B)
+
+        drawn_B = draw(self.plan.seed, self.plan.epoch(step), DROP, k, pairs_B)
+        return TeacherRows(
+            read("image/embedding", image_B),
+            read("text/embedding", text_B),
+            torch.from_numpy(valid_B) if self.pairs.lacking(k) else None,
+            read("text/embedding", synthetic_B, wanted=self.pairs.synthetic is not None),
+            read("image/tokens", image_B),
+            torch.from_numpy((drawn_B >> np.uint64(11)) * 2.0**-53),
+        )
 
     def _pixels(self, shown: list[int]) -> list[Pixels]:
         return [self._view(*divmod(number, self._num_views)) for number in shown]
 
+    def _tokens(self, ids_B: Rows, embedding_BD: Tensor | None) -> Tensor:
+        if self.tokenizer is None:
+            assert embedding_BD is not None
+            return embedding_BD.float()
+        return torch.from_numpy(self.kept.get("tokens", ids_B.tolist(), self._tokenized)).long()
+
     def _view(self, pair: int, view: int) -> Pixels:
-        row, target = int(self.pairs.source_rows[pair]), int(self.pairs.target_rows[pair])
+        row = int(self.pairs.source_rows[pair])
         try:
             loaded = self.source.image(row)
         except UndecodableImage as e:
             raise SourceError(
                 f"Image {self.source.key(row)} cannot be decoded: {e.reason}.", "Extract a store of this data and give it as --cache: it leaves bad images out."
             ) from e
-        if self.pairs.sha256 is not None and (expected := self.pairs.sha256[target].as_py()) != loaded.sha256:
-            raise JoinError(
-                f"Image {self.source.key(row)} is not the one the store was extracted from: expected sha256 {expected[:12]}, found {loaded.sha256[:12]}.",
-                'Give the original data, or accept targets of other images with --set changed_images="allow".',
-            )
-        return self.keep(loaded.image if self.stored is None else self.stored.picture(loaded.image, target, view))
+        held = [(k, int(rows[pair])) for k, rows in enumerate(self.pairs.target_rows) if rows[pair] >= 0]
+        for k, target in held if self.pairs.sha256 else ():
+            if (expected := self.pairs.sha256[k][target].as_py()) != loaded.sha256:
+                raise JoinError(
+                    f"Image {self.source.key(row)} is not the one the store was extracted from: expected sha256 {expected[:12]}, found {loaded.sha256[:12]}.",
+                    'Give the original data, or accept targets of other images with --set changed_images="allow".',
+                )
+        if not self.stored:
+            return self.keep(loaded.image)
+        k, target = held[0]  # all stores have the same views
+        return self.keep(self.stored[k].picture(loaded.image, target, view))
 
-    def _tokens(self, caption_ids: list[int]) -> list[npt.NDArray[np.int32]]:
+    def _tokenized(self, caption_ids: list[int]) -> list[npt.NDArray[np.int32]]:
         assert self.tokenizer is not None
         with self.one_tokenizer:
             return list(self.tokenizer([self.pairs.captions[i].as_py() for i in caption_ids]).to(torch.int32).numpy())

@@ -15,6 +15,8 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from kdstore.distill.config import DistillConfig
+from kdstore.distill.fitting import config_for
+from kdstore.distill.losses import parse_loss, parts_of
 from kdstore.errors import ConfigError, KdstoreError, MissingFeature, ModelError
 from kdstore.models.encode import encode_text
 from kdstore.models.load import Model, load_model
@@ -89,7 +91,8 @@ def whole_student(student: Student, config: DistillConfig, store: Store | None) 
     except KdstoreError as e:
         found = f"The run is trained and kept, and needs the teacher's text tower now. {e.message}"
         raise ModelError(found, f"{GIVE_WEIGHTS} Then add --resume.") from e
-    whole = load_model(config.student, untrained=True, device="cpu", changed=config_with_text_of(teacher.config["model_cfg"]))
+    changed = config_for(parts_of(parse_loss(config.loss))) | config_with_text_of(teacher.config["model_cfg"])
+    whole = load_model(config.student, untrained=True, device="cpu", changed=changed)
     with torch.no_grad():
         put_tower(whole.clip, "image", tower_weights(model.clip, "image"), "the run")
         _copy_scale(whole.clip, model.clip)
@@ -124,11 +127,12 @@ def _teacher(store: Store | None) -> dict[str, Any]:
 
 
 def _changed(config: DistillConfig, store: Store | None) -> dict[str, Any]:
-    """Return the entries of the student's config that its text tower decides."""
+    """Return the entries of the student's config that its loss and its text tower decide."""
+    of_loss = config_for(parts_of(parse_loss(config.loss)))
     if config.text_tower == "own":
-        return {}
+        return of_loss
     changed = config_with_text_of(_teacher(store)["config"])
-    return changed if config.text_tower == "copied" else {name: changed[name] for name in ("embed_dim", "quick_gelu")}
+    return of_loss | (changed if config.text_tower == "copied" else {name: changed[name] for name in ("embed_dim", "quick_gelu")})
 
 
 def config_with_text_of(teacher: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from kdstore.errors import ConfigError, UnknownName
 class DistillConfig:
     """Settings of a run; those named in `MACHINE` do not decide its result and may differ when it is resumed."""
 
-    cache: str | None = None  # the store; without one the loss must be the task alone
+    cache: str | tuple[str, ...] | None = None  # the store, or one for each teacher; without one the loss must be the task alone
     data: str | None = None  # the source of images; default: the one that the store records
     student: str = "ViT-T-16"
     init: str = "scratch"  # or a model folder, a file or tag of the student's architecture, or inherit[:MODEL], by default the teacher (docs/students.md)
     inherit_layers: str = "even"  # or first: which layers of a deeper model are inherited
-    text_tower: str = "own"  # copied: starts as the teacher's; frozen: is the teacher's, and the store's embeddings stand for it
+    text_tower: str = "own"  # copied: starts as the (first) teacher's; frozen: is the teacher's, and the store's embeddings stand for it
     teacher_weights: str | None = None  # the teacher as a model's name, where the store's name for it does not lead to its weights
     loss: str = "clip-kd"
     out: str | None = None  # default: runs/<student>_<loss>_<store>_seed<seed>
@@ -36,6 +36,10 @@ class DistillConfig:
     max_skipped: int = 10  # steps in a row whose loss or gradient is not finite, each left out, after which the run ends
     ema: float = 0.0  # decay per step of an average of the weights, exported to ema/ in the run folder; 0: none
     seed: int = 0
+    cache_weights: tuple[float, ...] = ()  # of each store's teacher in every term; default: 1 each
+    teacher_temperature: str | float | tuple[float, ...] = "own"  # scale of their softmax logits: own, a number, one each, or "entropy:NATS" to match
+    sigmoid_teacher: str = "refuse"  # softmax terms of teachers trained with a sigmoid; allow, or split: each term its own kind of teachers
+    token_standard: str = "channel"  # how teachers' tokens are brought to one scale: channel (mean and variance), phi-s (docs/losses.md)
     projector: str = "auto"  # auto: where the widths differ; always: for comparisons across teachers
     views: str = "auto"  # stored: the augmented ones too, drawn again (docs/views.md); plain; auto: what the store has
     changed_images: str = "refuse"  # allow: train on images whose bytes are not those that the teacher saw
@@ -62,14 +66,20 @@ class DistillConfig:
         if self.samples is not None and self.samples < self.batch_size:
             raise ConfigError(f"{self.samples} samples are less than one batch of {self.batch_size}.", "Raise samples or lower batch_size.")
         for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < high:
-                raise ConfigError(f"{name} must be at least {low:g} and below {high:g}, found {value}.", f"Correct {name}.")
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if not isinstance(value, str | None) and not low <= value < high:
+                    raise ConfigError(f"{name} must be at least {low:g} and below {high:g}, found {value}.", f"Correct {name}.")
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """The paths of the stores."""
+        return (self.cache,) if isinstance(self.cache, str) else self.cache or ()
 
     @property
     def run_path(self) -> Path:
         """The run folder: `out` or its default."""
-        teacher = Path(self.cache).resolve().name if self.cache else "no-teacher"
+        teacher = "+".join(Path(cache).resolve().name for cache in self.caches) or "no-teacher"
         name = f"{self.student}_{self.loss}_{teacher}_seed{self.seed}"
         return Path(self.out) if self.out else Path("runs") / "".join(c if c.isalnum() or c in "._-+" else "-" for c in name.replace(" ", ""))
 
@@ -77,6 +87,8 @@ class DistillConfig:
 CHOICES = {
     "inherit_layers": ("even", "first"),
     "text_tower": ("own", "copied", "frozen"),
+    "sigmoid_teacher": ("refuse", "allow", "split"),
+    "token_standard": ("channel", "phi-s"),
     "projector": ("auto", "always"),
     "views": ("auto", "stored", "plain"),
     "changed_images": ("refuse", "allow"),
@@ -87,7 +99,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("epochs", "batch_size", "micro_batch", "max_skipped", "threads", "log_every", "save_every"), (1, 2**40)),
     **dict.fromkeys(("lr", "weight_decay", "grad_clip", "memory_gib"), (0, 1e9)),
     **dict.fromkeys(("beta1", "beta2", "warmup", "ema"), (0, 1)),
-    "eps": (1e-30, 1),
+    **dict.fromkeys(("eps", "cache_weights", "teacher_temperature"), (1e-30, 1e9)),
     "seed": (0, 2**63),
 }
 

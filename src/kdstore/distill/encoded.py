@@ -36,8 +36,8 @@ class TeacherRows:
     for terms that choose at random: an objective draws nothing itself.
     """
 
-    image_BD: Tensor
-    text_BD: Tensor
+    image_BD: Tensor | None = None
+    text_BD: Tensor | None = None
     valid_B: Tensor | None = None
     synthetic_BD: Tensor | None = None
     tokens_BTW: Tensor | None = None

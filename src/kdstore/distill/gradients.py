@@ -49,11 +49,11 @@ def whole_batch_gradients(
     for parameter in parameters:
         if parameter.grad is not None:  # of the objective: each process has the whole of it, and they are summed below
             parameter.grad.div_(share.world.size)
-    gradients = map_rows(lambda rows: share.mine(torch.zeros_like(rows) if rows.grad is None else rows.grad), features)
+    gradients = [None if rows.grad is None else share.mine(rows.grad) for rows in row_tensors(features)]
     with kept_statistics(student):
         for i, encode in enumerate(encoders):
             rows = row_tensors(parts[0] if alone else encode())
-            reached = [(row, g.narrow(0, i * share.piece, share.piece)) for row, g in zip(rows, row_tensors(gradients), strict=True) if row.requires_grad]
+            reached = [(row, g.narrow(0, i * share.piece, share.piece)) for row, g in zip(rows, gradients, strict=True) if g is not None and row.requires_grad]
             torch.autograd.backward([row for row, _ in reached], [gradient for _, gradient in reached])
     share.world.sum_gradients(parameters)
     return loss.detach(), values

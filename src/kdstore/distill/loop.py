@@ -32,6 +32,7 @@ from kdstore.distill.optimiser import MAX_LOG_SCALE, learning_rate, make_optimis
 from kdstore.distill.runfolder import Log, checkpoint_bytes, save_checkpoint
 from kdstore.distill.stopping import held_signals
 from kdstore.errors import Interrupted, KdstoreError, RunError
+from kdstore.models import towers
 from kdstore.progress import OnProgress
 from kdstore.store.ahead import read_ahead
 from kdstore.store.order import DROPOUT, draw
@@ -70,8 +71,13 @@ class Training:
     def encode(self, batch: Batch) -> Encoded:
         """Run the student's towers on a batch, or a part of one."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            image_BS = self.clip.encode_image(self.finish(batch.views_BCHW), normalize=False)  # type: ignore[operator]
-            return Encoded(image_BS, self.clip.encode_text(batch.tokens_BL, normalize=False))  # type: ignore[operator]
+            image_BCHW, tokens_BTW = self.finish(batch.views_BCHW), None
+            if "tokens" in self.objective.parts:
+                image_BS, tokens_BTW = towers.image_tokens(self.clip, image_BCHW, None)
+            else:
+                image_BS = towers.image_embedding(self.clip, image_BCHW)
+            synthetic_BS = None if batch.synthetic_BL is None else towers.text_embedding(self.clip, batch.synthetic_BL)
+            return Encoded(image_BS, towers.text_embedding(self.clip, batch.tokens_BL), synthetic_BS, tokens_BTW)
 
     def take(self, batch: Batch) -> Tensor:
         """Take one optimisation step with this process's share of a batch; returns `names`, of the whole batch, as one tensor on the device."""

@@ -1,13 +1,9 @@
-"""Losses of a student on a batch of image-caption pairs, beside a teacher's embeddings of the same pairs.
+"""The losses that there are: terms, and recipes that sum them.
 
 A term is a pure function of `Features`; a recipe is a weighted sum of terms. `LOSSES`, at the end, holds both, and `parse_loss` reads either name or
-a sum such as "clip + crd + 2000*fd". What losses own and train (projectors, the scale of ICL) is in objective.py, so that nothing here has state.
+a sum such as "clip + crd + 2000*fd". What losses own and train (projectors, the scale of ICL) is in objective.py, so that no term has state.
 
 Every name has one meaning: open_clip's distillation loss is the recipe `soft-ce` (1 : 1 with the task), its soft part alone is the term `teacher-ce`.
-A SigLIP teacher is allowed everywhere: its logit bias is one constant, and a constant cancels in the softmax of a row.
-
-Shapes: B pairs in the batch, S width of the student, D width of the teacher.
-Notation: Z = scale * image @ text.T, p = softmax of each row; `both ways` = mean of f(Z) and f(Z.T), where the transpose comes before the softmax.
 """
 
 from __future__ import annotations
@@ -16,60 +12,40 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kdstore.distill import contrastive, matching
 from kdstore.errors import ConfigError, UnknownName
 
-AFFINITY_SCALE = 50.0
 FD_WEIGHT = 2000.0
 FD_COS_WEIGHT = 2 * FD_WEIGHT / 512
 """MSE of unit rows is (2/D)(1 - cos), so this is what the published weight amounts to at D = 512, the width of its authors' teacher."""
 
-ABSENT = torch.empty(0)
+Part = Literal["image projector", "text projector", "cross scale", "fusion", "tokens", "summary", "synthetic captions", "bias", "masked patches"]
+
+IMAGES, TOKENS = ("image/embedding",), ("image/tokens",)
 EMBEDDINGS = ("image/embedding", "text/embedding")
-
-
-@dataclass(frozen=True)
-class Features:
-    """One batch as losses see it: unit rows, and scales that multiply cosines.
-
-    `positives_BB` holds the targets of contrastive terms, one distribution per row: uniform over the pairs with an equal caption.
-    `projected_*` are the student's rows in the teacher's space. Without a teacher the last seven are absent; `Term.needs` says who may read them.
-    """
-
-    image_BS: Tensor
-    text_BS: Tensor
-    scale: Tensor
-    positives_BB: Tensor
-    teacher_image_BD: Tensor = ABSENT
-    teacher_text_BD: Tensor = ABSENT
-    teacher_scale: float = math.nan
-    projected_image_BD: Tensor = ABSENT
-    projected_text_BD: Tensor = ABSENT
-    cross_scale: Tensor = ABSENT
-
-    @property
-    def logits_BB(self) -> Tensor:
-        """The student's image-to-text logits."""
-        return self.scale * self.image_BS @ self.text_BS.T
-
-    @property
-    def teacher_logits_BB(self) -> Tensor:
-        """The teacher's image-to-text logits, without its bias."""
-        return self.teacher_scale * self.teacher_image_BD @ self.teacher_text_BD.T
+LOGITS = (*EMBEDDINGS, "logit_scale")
+ODDS = (*EMBEDDINGS, "logit_bias")
+PROJECTORS: tuple[Part, ...] = ("image projector", "text projector")
 
 
 @dataclass(frozen=True)
 class Term:
-    """A loss of its own: its function, what it needs from the store, and which trained parts of the objective it reads."""
+    """A loss of its own: its function, what it needs from the store, and which parts of the run it uses.
 
-    value: Callable[[Features], Tensor]
+    `family` says what it makes of a teacher's image-text logits: a softmax or a sigmoid ('' neither). A `joint` term is a function of the features beside
+    each teacher, any other is summed over teachers; `rows` is the smallest batch in which it is defined.
+    """
+
+    value: Callable[..., Tensor]
     needs: tuple[str, ...] = ()
-    projects: bool = False
-    cross_scale: bool = False
+    uses: tuple[Part, ...] = ()
+    family: Literal["", "softmax", "sigmoid"] = ""
+    joint: bool = False
+    rows: int = 2
 
     @property
     def summary(self) -> str:
@@ -88,83 +64,6 @@ class Recipe:
     def summary(self) -> str:
         """The sum and where it is from."""
         return f"{self.sum}: {self.about}"
-
-
-def cross_entropy(target_BB: Tensor, logits_BB: Tensor) -> Tensor:
-    """Mean over rows of -sum_j target log softmax(logits)."""
-    return -(target_BB * logits_BB.log_softmax(dim=1)).sum(dim=1).mean()
-
-
-def clip(f: Features) -> Tensor:
-    """Task: contrast of images and captions, CE(I, p(Z)) both ways.
-
-    Radford et al. 2021, arXiv 2103.00020. Equal captions in a batch are positives of each other: the target of a row is uniform over its positives
-    instead of I. Needs nothing from the store.
-    """
-    return (cross_entropy(f.positives_BB, f.logits_BB) + cross_entropy(f.positives_BB.T, f.logits_BB.T)) / 2
-
-
-def crd(f: Features) -> Tensor:
-    """Contrastive relational distillation: KL(p(Z_teacher), p(Z_student)) both ways, the teacher first, temperature 1.
-
-    CLIP-KD, Yang et al. 2024, arXiv 2307.12732, published weight 1. Needs embeddings and the teacher's logit scale.
-    """
-    student_BB, teacher_BB = f.logits_BB, f.teacher_logits_BB
-    return (_kl(teacher_BB, student_BB) + _kl(teacher_BB.T, student_BB.T)) / 2
-
-
-def icl(f: Features) -> Tensor:
-    """Interactive contrastive learning: student images against teacher texts, and student texts against teacher images.
-
-    (CE(I, p(c n(P_v v_S) s_T')) + CE(I, p(c n(P_s s_S) v_T'))) / 2 with a learnable c. Literal form of CLIP-KD (arXiv 2307.12732, published weight 1):
-    c starts at ln(1/0.07) = 2.66 and multiplies as it is, without exp. Targets are those of `clip`. Needs embeddings.
-    """
-    return _interactive(f, f.cross_scale)
-
-
-def icl_exp(f: Features) -> Tensor:
-    """ICL with its scale as CLIP's: exp(c), starting at 1/0.07 and at most 100.
-
-    What the literal form was probably meant to be; no published weight. Needs embeddings.
-    """
-    return _interactive(f, f.cross_scale.clamp(max=math.log(100)).exp())
-
-
-def fd(f: Features) -> Tensor:
-    """Feature distillation, literal: MSE(n(P_v v_S), v_T) + MSE(n(P_s s_S), s_T), means over all B * D elements.
-
-    CLIP-KD (arXiv 2307.12732), published weight 2000. For unit rows it is (2/D)(1 - cos), so the weight means less the wider the teacher is. Needs embeddings.
-    """
-    return F.mse_loss(f.projected_image_BD, f.teacher_image_BD) + F.mse_loss(f.projected_text_BD, f.teacher_text_BD)
-
-
-def fd_cos(f: Features) -> Tensor:
-    """Feature distillation, free of the teacher's width: mean (1 - cos) of images + mean (1 - cos) of texts.
-
-    `7.8125*fd-cos` equals `2000*fd` at D = 512 and keeps its meaning at every other width. Needs embeddings.
-    """
-    image_B = (f.projected_image_BD * f.teacher_image_BD).sum(dim=1)
-    text_B = (f.projected_text_BD * f.teacher_text_BD).sum(dim=1)
-    return (1 - image_B).mean() + (1 - text_B).mean()
-
-
-def affinity(f: Features) -> Tensor:
-    """Affinity mimicking: CE(p(50 v_T s_T'), p(50 v_S s_S')) both ways, both scales fixed at 50.
-
-    TinyCLIP, Wu et al. 2023, arXiv 2309.12314, with its defaults alpha = 1 and weight 1: the whole loss, without the task. Needs embeddings.
-    """
-    student_BB = AFFINITY_SCALE * f.image_BS @ f.text_BS.T
-    teacher_BB = AFFINITY_SCALE * f.teacher_image_BD @ f.teacher_text_BD.T
-    return _soft_cross_entropy(teacher_BB, student_BB)
-
-
-def teacher_ce(f: Features) -> Tensor:
-    """Soft part of open_clip's distillation loss: CE(p(Z_teacher), p(Z_student)) both ways, each at its own scale.
-
-    open_clip `DistillClipLoss`, published weight 1. Its gradient is that of `crd`; the value differs by the teacher's entropy.
-    Needs embeddings and the teacher's logit scale.
-    """
-    return _soft_cross_entropy(f.teacher_logits_BB, f.logits_BB)
 
 
 def parse_loss(text: str) -> dict[str, float]:
@@ -200,41 +99,57 @@ def terms_of(weights: dict[str, float]) -> dict[str, Term]:
 
 
 def needs_of(weights: dict[str, float]) -> tuple[str, ...]:
-    """Names of everything that a parsed loss needs from a store: arrays, and `logit_scale`."""
+    """Names of everything that a parsed loss needs from a store: arrays, `logit_scale` and `logit_bias`."""
     return tuple(dict.fromkeys(need for term in terms_of(weights).values() for need in term.needs))
 
 
+def parts_of(weights: dict[str, float]) -> frozenset[Part]:
+    """Names of everything that a parsed loss uses beside the embeddings of one caption."""
+    return frozenset(part for term in terms_of(weights).values() for part in term.uses)
+
+
 def feature_weight(weights: dict[str, float], teacher_dim: int) -> float:
-    """What the loss puts on (1 - cos) of each modality through `fd` and `fd-cos`, the only number in which FD runs of different teachers compare."""
-    return weights.get("fd", 0.0) * 2 / teacher_dim + weights.get("fd-cos", 0.0)
-
-
-def _kl(teacher_BB: Tensor, student_BB: Tensor) -> Tensor:
-    return F.kl_div(student_BB.log_softmax(dim=1), teacher_BB.log_softmax(dim=1), log_target=True, reduction="batchmean")
-
-
-def _soft_cross_entropy(teacher_BB: Tensor, student_BB: Tensor) -> Tensor:
-    return (cross_entropy(teacher_BB.softmax(dim=1), student_BB) + cross_entropy(teacher_BB.T.softmax(dim=1), student_BB.T)) / 2
-
-
-def _interactive(f: Features, scale: Tensor) -> Tensor:
-    image_to_text = cross_entropy(f.positives_BB, scale * f.projected_image_BD @ f.teacher_text_BD.T)
-    return (image_to_text + cross_entropy(f.positives_BB.T, scale * f.projected_text_BD @ f.teacher_image_BD.T)) / 2
+    """What the loss puts on (1 - cos) of each modality through `fd`, `mfd` and `fd-cos`, the only number in which FD runs of different teachers compare."""
+    return (weights.get("fd", 0.0) + weights.get("mfd", 0.0)) * 2 / teacher_dim + weights.get("fd-cos", 0.0)
 
 
 _SUMMAND = re.compile(r"\s*(?:(?P<weight>\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*(?:\*\s*|\s))?(?P<name>[A-Za-z][\w-]*)\s*")
 
 LOSSES: dict[str, Term | Recipe] = {
-    "clip": Term(clip),
-    "crd": Term(crd, (*EMBEDDINGS, "logit_scale")),
-    "icl": Term(icl, EMBEDDINGS, projects=True, cross_scale=True),
-    "icl-exp": Term(icl_exp, EMBEDDINGS, projects=True, cross_scale=True),
-    "fd": Term(fd, EMBEDDINGS, projects=True),
-    "fd-cos": Term(fd_cos, EMBEDDINGS, projects=True),
-    "affinity": Term(affinity, EMBEDDINGS),
-    "teacher-ce": Term(teacher_ce, (*EMBEDDINGS, "logit_scale")),
+    "clip": Term(contrastive.clip),
+    "clip-both": Term(contrastive.clip_both, uses=("synthetic captions",)),
+    "siglip": Term(contrastive.siglip, uses=("bias",)),
+    "siglip-literal": Term(contrastive.siglip_literal, uses=("bias",)),
+    "crd": Term(contrastive.crd, LOGITS, family="softmax"),
+    "icl": Term(contrastive.icl, EMBEDDINGS, (*PROJECTORS, "cross scale")),
+    "icl-exp": Term(contrastive.icl_exp, EMBEDDINGS, (*PROJECTORS, "cross scale")),
+    "cross-kd": Term(contrastive.cross_kd, LOGITS, (*PROJECTORS, "cross scale"), family="softmax"),
+    "afd": Term(contrastive.afd, EMBEDDINGS, ("fusion",)),
+    "fd": Term(matching.fd, EMBEDDINGS, PROJECTORS, rows=1),
+    "mfd": Term(matching.mfd, EMBEDDINGS, (*PROJECTORS, "masked patches"), rows=1),
+    "fd-cos": Term(matching.fd_cos, EMBEDDINGS, PROJECTORS, rows=1),
+    "gd": Term(matching.gd, LOGITS, PROJECTORS, family="softmax"),
+    "gd-true": Term(matching.gd_true, LOGITS, PROJECTORS, family="softmax"),
+    "affinity": Term(contrastive.affinity, EMBEDDINGS, family="softmax"),
+    "teacher-ce": Term(contrastive.teacher_ce, LOGITS, family="softmax"),
+    "reinforced": Term(contrastive.reinforced, LOGITS, ("synthetic captions",), family="softmax", joint=True),
+    "siglip-kd": Term(contrastive.siglip_kd, ODDS, ("bias",), family="sigmoid", joint=True),
+    "siglip-ce": Term(contrastive.siglip_ce, ODDS, ("bias",), family="sigmoid"),
+    "vl": Term(contrastive.vl, EMBEDDINGS, ("image projector",), family="softmax"),
+    "pvl": Term(contrastive.pvl, IMAGES, ("image projector",)),
+    "udist": Term(contrastive.udist, IMAGES),
+    "rkd-d": Term(matching.rkd_d, EMBEDDINGS),
+    "rkd-a": Term(matching.rkd_a, EMBEDDINGS, rows=3),
+    "dist": Term(contrastive.dist, LOGITS, family="softmax"),
+    "logit-std": Term(contrastive.logit_std, EMBEDDINGS, family="softmax"),
+    "theia": Term(matching.theia, TOKENS, ("tokens",), rows=1),
+    "unic": Term(matching.unic, (*IMAGES, *TOKENS), ("tokens", "summary"), joint=True, rows=1),
     "none": Recipe("clip", "no teacher, the task alone"),
     "clip-kd": Recipe(f"clip + crd + icl + {FD_WEIGHT:g}*fd", "CLIP-KD as published"),
     "clip-kd-free": Recipe(f"clip + crd + icl + {FD_COS_WEIGHT:g}*fd-cos", "CLIP-KD with an FD weight that is the same for every teacher"),
     "soft-ce": Recipe("clip + teacher-ce", "open_clip's distillation loss"),
+    "mobileclip": Recipe("reinforced", "MobileCLIP's weights (0, 1): v1 small models and 12M pairs, v2"),
+    "mobileclip-b": Recipe("0.25*clip-both + 0.75*reinforced", "MobileCLIP-B's weights on 1B pairs"),
+    "dime-fm": Recipe("0.7*vl + 0.3*pvl", "DIME-FM's defaults"),
+    "rkd": Recipe("rkd-d + 2*rkd-a", "RKD's weights"),
 }

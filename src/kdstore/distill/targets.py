@@ -1,49 +1,50 @@
-"""Where a teacher's embeddings come from during training: an interface, and the store behind it.
+"""Where teachers' features come from during training: an interface, and the stores behind it.
 
 The training step knows only `Targets`, so that distilling from a store can be compared with distilling from the live teacher.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kdstore.errors import MissingFeature
-from kdstore.store import Store, StoredViews, stored_views
+from kdstore.distill.tokens import Standard, channel_standard, phi_s_standard
+from kdstore.errors import ConfigError, IdentityMismatch, MissingFeature, StoreError
+from kdstore.store import Store, StoredViews, open_family, open_store, read_stats, sampled_covariance, stored_views
 
 Rows = npt.NDArray[np.int64]
 
 
 class Targets(Protocol):
-    """A teacher's embeddings of a set of image-caption pairs, as its towers return them, before normalisation; called from several threads."""
+    """A teacher's features of a set of image-caption pairs, as its towers return them, before normalisation; called from several threads.
 
-    dim: int
-    logit_scale: float | None
-
-    def image_embeddings(self, rows: Rows, views: Rows) -> npt.NDArray[Any]:
-        """Return [B, D], any float type, of these views (0 the plain one) of these image rows: of what the student is shown, and of nothing else."""
-        ...
-
-    def text_embeddings(self, rows: Rows) -> npt.NDArray[Any]:
-        """Return [B, D], any float type, of these text rows."""
-        ...
-
-
-def views_to_show(choice: str, store: Store | None, needs: tuple[str, ...]) -> StoredViews | None:
-    """Return the stored views that a run shows, None for the plain one alone; `choice` is auto, stored or plain.
-
-    Raises MissingFeature if stored ones are asked for and there are none, or if an image array that the loss `needs` lacks targets of some.
+    Arrays go by the names they have in a store: `image/embedding` and `text/embedding` [B, D], `image/tokens` [B, T, W]; any float type.
     """
-    stored = None if store is None or choice == "plain" else stored_views(store)
-    if choice == "stored" and stored is None:
-        raise MissingFeature(f"{'A run without a store' if store is None else store.path} has no augmented views.", "Extract a store with --views K.")
-    for name in needs:
-        spec = None if stored is None else stored.store.arrays.get(name)
-        if stored is not None and spec is not None and spec.side == "image" and spec.views != stored.count:
-            raise MissingFeature(f"{stored.store.path} has {spec.views} of {stored.count} views in {name}.", "Show the plain view alone: --set views=plain.")
-    return stored
+
+    name: str
+    logit_scale: float | None
+    logit_bias: float | None
+
+    def shape(self, array: str) -> tuple[int, ...]:
+        """Return the shape of one row of an array."""
+        ...
+
+    def image(self, array: str, rows: Rows, views: Rows) -> npt.NDArray[Any]:
+        """Return these views (0 the plain one) of these image rows: of what the student is shown, and of nothing else."""
+        ...
+
+    def text(self, array: str, rows: Rows) -> npt.NDArray[Any]:
+        """Return these text rows."""
+        ...
+
+    def standard(self, array: str, kind: str) -> Standard:
+        """Return what brings features of an array to one scale: `channel` or `phi-s`."""
+        ...
 
 
 class StoreTargets:
@@ -52,19 +53,85 @@ class StoreTargets:
     def __init__(self, store: Store, needs: tuple[str, ...]) -> None:
         """Check that the store holds all that a loss `needs`; raises MissingFeature."""
         store.require(*(name for name in needs if "/" in name))
-        scale = store.identity["teacher"].get("logit_scale")
-        if "logit_scale" in needs and scale is None:
-            raise MissingFeature(f"{store.path} does not say the teacher's logit scale, which this loss needs.", "Choose a loss without crd and teacher-ce.")
-        self._store = store
-        self.dim: int = store.feature_shape("image/embedding")[-1]
-        self.logit_scale: float | None = scale
+        teacher = store.identity["teacher"]
+        self.store = store
+        self.name = store.path.name
+        self.logit_scale: float | None = teacher.get("logit_scale")
+        self.logit_bias: float | None = teacher.get("logit_bias")
 
-    def image_embeddings(self, rows: Rows, views: Rows) -> npt.NDArray[Any]:
-        return self._read("image/embedding", rows, views)
+    def shape(self, array: str) -> tuple[int, ...]:
+        return self.store.feature_shape(array)
 
-    def text_embeddings(self, rows: Rows) -> npt.NDArray[Any]:
-        return self._read("text/embedding", rows)
+    def image(self, array: str, rows: Rows, views: Rows) -> npt.NDArray[Any]:
+        return self._read(array, rows, views)
+
+    def text(self, array: str, rows: Rows) -> npt.NDArray[Any]:
+        return self._read(array, rows)
+
+    def standard(self, array: str, kind: str) -> Standard:
+        """Read the statistics of an array; raises MissingFeature with the command that makes them."""
+        if kind == "phi-s":
+            found = sampled_covariance(self.store, array)
+            return phi_s_standard(found.mean_W, found.covariance_WW)
+        stats = read_stats(self.store, array)
+        return channel_standard(np.array(stats["mean"]), np.array(stats["variance"]))
 
     def _read(self, name: str, rows: Rows, views: Rows | None = None) -> npt.NDArray[Any]:
-        read = self._store.features if name in self._store.codecs else self._store.gather
+        read = self.store.features if name in self.store.codecs else self.store.gather
         return read(name, rows, views)
+
+
+def open_stores(paths: Sequence[str]) -> tuple[Store, ...]:
+    """Open the stores of a run's teachers: a child together with its parent, which is one of `paths` or lies beside it.
+
+    Raises ConfigError for a store that is given twice, IdentityMismatch for a child whose parent is not there, and what `open_family` raises.
+    """
+    stores = [open_store(path) for path in paths]
+    if len({store.digest for store in stores}) < len(stores):
+        raise ConfigError(f"One store is given twice among {', '.join(paths)}.", "Give each --cache once.")
+    families: dict[str, list[Path]] = {store.digest: [] for store in stores if parent_digest(store) is None}
+    roots: dict[str, Store] = {store.digest: store for store in stores if parent_digest(store) is None}
+    for store in stores:
+        if (digest := parent_digest(store)) is not None:
+            if digest not in roots:
+                roots[digest], families[digest] = _parent_of(store, digest), []
+            families[digest].append(store.path)
+    return tuple(open_family(store.path, *families[digest]) if families[digest] else store for digest, store in roots.items())
+
+
+def parent_digest(store: Store) -> str | None:
+    """Return the digest of the store whose rows these are, or None."""
+    parent = store.identity.get("parent")
+    return parent.get("digest") if isinstance(parent, dict) else None
+
+
+def _parent_of(child: Store, digest: str) -> Store:
+    for manifest in sorted(child.path.absolute().parent.glob("*/manifest.json")):
+        with contextlib.suppress(StoreError):
+            if (store := open_store(manifest.parent)).digest == digest:
+                return store
+    found = f"{child.path} holds arrays for the rows of another store ({digest}), which is neither given nor beside it."
+    raise IdentityMismatch(found, "Give its parent as another --cache.")
+
+
+def views_to_show(choice: str, stores: Sequence[Store], needs: tuple[str, ...]) -> tuple[StoredViews, ...]:
+    """Return the stored views that a run shows, one of each store, none for the plain view alone; `choice` is auto, stored or plain.
+
+    Raises MissingFeature if stored ones are asked for and there are none, or if an image array that the loss `needs` lacks targets of some;
+    IdentityMismatch if stores have other views than each other.
+    """
+    found = [None if choice == "plain" else stored_views(store) for store in stores]
+    if choice == "stored" and None in (found or [None]):
+        lacking = next((str(store.path) for store, views in zip(stores, found, strict=True) if views is None), "A run without a store")
+        raise MissingFeature(f"{lacking} has no augmented views.", "Extract a store with --views K.")
+    if len({None if views is None else (views.count, str(views.augmentation.identity)) for views in found}) > 1:
+        said = ", ".join(f"{store.path} {1 if views is None else views.count}" for store, views in zip(stores, found, strict=True))
+        raise IdentityMismatch(f"The stores have other views than each other ({said}, or other numbers).", "Show the plain view alone: --set views=plain.")
+    shown = tuple(views for views in found if views is not None)
+    for views in shown:
+        for name in needs:
+            spec = views.store.arrays.get(name)
+            if spec is not None and spec.side == "image" and spec.views != views.count:
+                hint = "Show the plain view alone: --set views=plain."
+                raise MissingFeature(f"{views.store.path} has {spec.views} of {views.count} views in {name}.", hint)
+    return shown

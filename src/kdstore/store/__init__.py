@@ -21,7 +21,7 @@ from kdstore.store.plan import Plan, Unit, fingerprint_of
 from kdstore.store.reader import Store, open_store
 from kdstore.store.recode import Encoding, recode_store
 from kdstore.store.rows import Rows
-from kdstore.store.stats import store_stats
+from kdstore.store.stats import read_stats, sampled_covariance, store_stats
 from kdstore.store.subset import subset_store
 from kdstore.store.verify import Damage, VerifyReport, verify_store
 from kdstore.store.views import StoredViews, stored_views
@@ -74,10 +74,12 @@ __all__ = [
     "plan_child",
     "read_begun",
     "read_keys",
+    "read_stats",
     "recode_store",
     "record_staged",
     "repeats",
     "report_join",
+    "sampled_covariance",
     "scalar_array",
     "stage_unit",
     "staged_units",

@@ -77,6 +77,10 @@ class Family(Store):
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (super().__reduce__(), tuple(child.__reduce__() for child in self._children))
 
+    @property
+    def digests(self) -> list[str]:
+        return [self.digest, *sorted(child.digest for child in self._children)]
+
     def holds(self, name: str) -> npt.NDArray[np.bool_]:
         """Tell which rows of an array there are, bool [N] or [M]: of a child's it may be a part."""
         self.require(name)

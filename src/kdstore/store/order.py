@@ -30,7 +30,9 @@ from kdstore.store.layout import ArraySpec
 
 Int64 = npt.NDArray[np.int64]
 
-ORDER, CAPTION, BLOCKS, SHORT, WINDOW, VIEW, DROPOUT = range(1, 8)  # what a hash is drawn for; captions, views and dropout by distillation
+ORDER, CAPTION, BLOCKS, SHORT, WINDOW, VIEW, DROPOUT, DROP = range(
+    1, 9
+)  # what a hash is drawn for; by distillation: captions, views, dropout, left-out teachers
 SORTED_ROWS = 1 << 22  # a permutation of 32 MiB
 ROUNDS = 12
 

@@ -54,6 +54,11 @@ class Store:
         return self._manifest.digest
 
     @property
+    def digests(self) -> list[str]:
+        """The digests of all that is read through this store."""
+        return [self.digest]
+
+    @property
     def fingerprint(self) -> str:
         """The plan's fingerprint: stores of equal fingerprint hold the same rows in the same order."""
         return str(self.manifest["plan"]["fingerprint"])

@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdstore.jsonfile import write_json
+from kdstore.errors import DamagedStore, MissingFeature
+from kdstore.jsonfile import read_json, write_json
 from kdstore.progress import OnProgress, silent
 from kdstore.store.blocks import gather_views, in_blocks
+from kdstore.store.child import Family
 from kdstore.store.reader import Store, open_store
 
 MAX_SAMPLES = 1 << 18  # an eigenvalue is then known to some 0.3 % (its relative deviation is sqrt(2 / samples)), in a fraction of the time of a million
+SAMPLE_ROWS = 1024  # some 260,000 tokens of a vision transformer
 _BATCH = 1024  # sampled vectors per product: large enough for BLAS, 14 MB at 1,664 channels
 _Float64 = npt.NDArray[np.float64]
 
@@ -104,6 +107,30 @@ def covariance(store: Store, name: str, *, max_samples: int = MAX_SAMPLES) -> Co
     for block in in_blocks(functools.partial(_block_moments, store, name, _stride(store, name, max_samples)), spec, 0, spec.shape[0], shape):
         products.add(block.sample_SW)
     return products.covariance()
+
+
+def sampled_covariance(store: Store, name: str, *, max_rows: int = SAMPLE_ROWS) -> Covariance:
+    """Return the covariance of the vectors of some valid rows, evenly spread over an array, in seconds for a store of any size."""
+    valid = store.image_valid if store.arrays[name].side == "image" else store.text_valid
+    rows = np.flatnonzero(valid & store.holds(name) if isinstance(store, Family) else valid)
+    rows = rows[:: -(-len(rows) // max_rows) or 1]
+    products = _Products(store.feature_shape(name)[-1])
+    for start in range(0, len(rows), 16):
+        products.add(store.features(name, rows[start : start + 16]).reshape(-1, store.feature_shape(name)[-1]).astype(np.float64))
+    return products.covariance()
+
+
+def read_stats(store: Store, name: str) -> dict[str, Any]:
+    """Return what `stats.json` says of an array, beside the store that holds it; raises MissingFeature with the command that writes it."""
+    holder, _ = store.located(name, [])
+    path, hint = holder.path / "stats.json", f"Measure them once: kdstore store stats {holder.path}"
+    stats = read_json(path, DamagedStore) if path.is_file() else {}
+    if stats.get("store") != holder.digest:
+        raise MissingFeature(f"{holder.path} has no statistics of its own, which this loss needs.", hint)
+    found = stats["arrays"].get(name, {})
+    if "mean" not in found:
+        raise MissingFeature(f"{path} has no mean of {name}: it has no valid row.", hint)
+    return dict(found)
 
 
 class _Products:

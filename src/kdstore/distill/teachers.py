@@ -1,0 +1,177 @@
+"""What an objective is told of its teachers, and every combination of teachers and loss that a run refuses before its first step.
+
+A softmax over logits that were trained with a sigmoid is nobody's published recipe: their bias cancels, and their scale was learned for another question. So
+it is refused unless a run allows it, or splits the terms: softmax terms for the softmax teachers, sigmoid terms for the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from kdstore.distill.batches import Maker
+from kdstore.distill.config import DistillConfig
+from kdstore.distill.encoded import TeacherRows
+from kdstore.distill.losses import Term, needs_of, parse_loss, parts_of, terms_of
+from kdstore.distill.objective import Teacher
+from kdstore.distill.targets import Targets
+from kdstore.distill.tokens import check_grid
+from kdstore.errors import ConfigError, MissingFeature
+
+Float64 = npt.NDArray[np.float64]
+Sample = Sequence[tuple[Float64, Float64]]
+"""Unit image and text rows [B, D] of some batches."""
+
+MAX_SCALE = 1e6
+ENTROPY_BATCHES = 4
+
+
+def check_loss(config: DistillConfig) -> None:
+    """Raise ConfigError for a batch too small for a term, and for what is no temperature."""
+    entropy_of(config)
+    for name, term in terms_of(parse_loss(config.loss)).items():
+        if config.batch_size < term.rows:
+            raise ConfigError(
+                f"{name} compares at least {term.rows} pairs, but a batch takes {config.batch_size}.", f"Raise batch_size to {term.rows} or more."
+            )
+
+
+def describe_teachers(config: DistillConfig, targets: Sequence[Targets]) -> tuple[Teacher, ...]:
+    """Say what the objective needs to know of each teacher, all but matched temperatures; raises ConfigError and MissingFeature."""
+    weights, scales = _per_teacher(config.cache_weights, targets, "cache_weights"), _fixed_scales(config, targets)
+    loss = parse_loss(config.loss)
+    needs, parts = needs_of(loss), parts_of(loss)
+    teachers = []
+    for t, weight, softmax_scale in zip(targets, weights or [1.0] * len(targets), scales, strict=True):
+        kind = config.token_standard
+        tokens = t.shape("image/tokens") if "tokens" in parts else (0, 0)
+        check_grid(tokens[0], t.name)
+        embedding = next((name for name in needs if name.endswith("/embedding")), None)
+        teachers.append(
+            Teacher(
+                name=t.name,
+                dim=0 if embedding is None else t.shape(embedding)[-1],
+                scale=t.logit_scale,
+                bias=t.logit_bias,
+                softmax_scale=softmax_scale,
+                weight=weight,
+                num_tokens=tokens[0],
+                token_standard=t.standard("image/tokens", kind) if "tokens" in parts else None,
+                image_standard=t.standard("image/embedding", kind) if "summary" in parts else None,
+                families=_families(t, terms_of(loss), config.sigmoid_teacher),
+            )
+        )
+        _check_scale(teachers[-1], terms_of(loss), config.teacher_temperature)
+    for name, term in terms_of(loss).items():
+        if term.needs and not any(term.family in teacher.families for teacher in teachers):
+            raise ConfigError(f"No teacher is left for {name}: it makes a {term.family} of their logits.", "Leave it out of the loss.")
+    return tuple(teachers)
+
+
+def match_temperatures(config: DistillConfig, teachers: Sequence[Teacher], make: Maker) -> tuple[Teacher, ...]:
+    """Find the scale of each teacher's softmax logits where a run asks for their entropy: over its first four batches; raises ConfigError if there is none."""
+    entropy = entropy_of(config)
+    if entropy is None:
+        return tuple(teachers)
+    whole = replace(make, plan=replace(make.plan, share=None))
+    batches = [whole.teachers(step) for step in range(ENTROPY_BATCHES)]
+    found = []
+    for k, teacher in enumerate(teachers):
+        sample = [_unit_rows(batch[k]) for batch in batches]
+        found.append(replace(teacher, softmax_scale=scale_of_entropy(sample, entropy)))
+    return tuple(found)
+
+
+def entropy_of(config: DistillConfig) -> float | None:
+    """Return the mean entropy, in nats, that the teachers' softmax rows are to have, or None; raises ConfigError for what is no temperature."""
+    said = config.teacher_temperature
+    if not isinstance(said, str) or said == "own":
+        return None
+    kind, _, number = said.partition(":")
+    try:
+        entropy = float(number)
+    except ValueError:
+        entropy = math.nan
+    if kind != "entropy" or not 0 < entropy < math.log(config.batch_size):
+        most = f"{math.log(config.batch_size):.2f}, that of {config.batch_size} equal numbers"
+        hint = f'Write "own", a scale, one scale per teacher, or "entropy:NATS" below {most}.'
+        raise ConfigError(f"The teacher_temperature '{said}' is none.", hint)
+    return entropy
+
+
+def scale_of_entropy(sample: Sample, entropy: float) -> float:
+    """Return the scale at which softmax rows of image-to-text cosines have this mean entropy, to nine digits; raises ConfigError if none has.
+
+    The entropy falls as the scale rises, so its logarithm is bisected.
+    """
+    cosines = [image_BD @ text_BD.T for image_BD, text_BD in sample]
+    low, high = 1e-6, MAX_SCALE
+    if _mean_entropy(cosines, high) > entropy:
+        raise ConfigError(f"No scale up to {MAX_SCALE:g} gives the teacher an entropy of {entropy:g}: equal captions cannot be told apart.", "Raise it.")
+    while high / low > 1 + 1e-9:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if _mean_entropy(cosines, middle) > entropy else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _unit_rows(rows: TeacherRows) -> tuple[Float64, Float64]:
+    if rows.image_BD is None or rows.text_BD is None:
+        raise ConfigError("There is no entropy to match in a loss without the embeddings of both images and texts.", "Leave teacher_temperature out.")
+    image_BD, text_BD = (x.numpy().astype(np.float64) for x in (rows.image_BD, rows.text_BD))
+    held_B = slice(None) if rows.valid_B is None else rows.valid_B.numpy()
+    return image_BD[held_B] / np.linalg.norm(image_BD[held_B], axis=1, keepdims=True), text_BD[held_B] / np.linalg.norm(text_BD[held_B], axis=1, keepdims=True)
+
+
+def _mean_entropy(cosines: Sequence[Float64], scale: float) -> float:
+    rows = []
+    for cosine_BB in cosines:
+        z_BB = scale * (cosine_BB - cosine_BB.max(axis=1, keepdims=True))
+        e_BB = np.exp(z_BB)
+        total_B = e_BB.sum(axis=1)
+        rows.append(np.log(total_B) - (e_BB * z_BB).sum(axis=1) / total_B)
+    return float(np.concatenate(rows).mean())
+
+
+def _families(t: Targets, terms: dict[str, Term], choice: str) -> tuple[str, ...]:
+    """Return the families of terms that a teacher takes part in; raises ConfigError for softmaxes of a sigmoid teacher, MissingFeature for the reverse."""
+    own = "softmax" if t.logit_bias is None else "sigmoid"
+    if choice == "split":
+        return ("", own)
+    for name, term in terms.items():
+        if term.family == "softmax" and own == "sigmoid" and choice == "refuse":
+            raise ConfigError(
+                f"{t.name} was trained with a sigmoid (its logit bias is {t.logit_bias:g}), and {name} takes the softmax of its logits.",
+                'Choose siglip-ce or siglip-kd, or set sigmoid_teacher="allow", or "split" for such terms to leave it out.',
+            )
+        if term.family == "sigmoid" and own == "softmax":
+            raise MissingFeature(
+                f"{name} needs a teacher's logit bias, and {t.name} has none: it was trained with a softmax.",
+                'Choose crd or teacher-ce, or set sigmoid_teacher="split" for such terms to leave it out.',
+            )
+    return ("", "softmax", "sigmoid")
+
+
+def _check_scale(teacher: Teacher, terms: dict[str, Term], temperature: object) -> None:
+    """Raise MissingFeature if a term reads a logit scale that is neither the store's nor the run's to say."""
+    for name, term in terms.items():
+        own = "logit_bias" in term.needs or ("logit_scale" in term.needs and temperature == "own")
+        if own and term.family in teacher.families and teacher.scale is None:
+            hint = "Set teacher_temperature, or choose a loss without it." if "logit_scale" in term.needs else "Choose a loss without it."
+            raise MissingFeature(f"{teacher.name} does not say the teacher's logit scale, which {name} needs.", hint)
+
+
+def _per_teacher(values: tuple[float, ...], targets: Sequence[Targets], name: str) -> tuple[float, ...]:
+    if values and len(values) != len(targets):
+        raise ConfigError(f"{name} has {len(values)} numbers for {len(targets)} teachers.", "Give one for each --cache, in their order.")
+    return values
+
+
+def _fixed_scales(config: DistillConfig, targets: Sequence[Targets]) -> tuple[float | None, ...]:
+    said = config.teacher_temperature
+    if isinstance(said, tuple):
+        return _per_teacher(said, targets, "teacher_temperature")
+    return (None if isinstance(said, str) else float(said),) * len(targets)
