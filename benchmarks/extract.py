@@ -1,15 +1,17 @@
 """What extraction costs beyond the teacher's forward pass: `extract` beside the same model on tensors that lie in memory, in one run.
 
 Images are pictures in memory, so that reading is no limit but preprocessing is paid; each has one caption of its own. The forward pass gets the same images
-preprocessed, the same captions tokenised, in the same batches, and its results come back to the host. Both ways take turns; a ratio is the median over the
-repeats of forward seconds over extract seconds: 1 is no overhead. Loading of the teacher and planning are left out of both.
+preprocessed, the captions as texts, in the same batches, and its results come back to the host. Where decoding is the limit (a small teacher, `--jpeg SIDE`
+with large pictures) the other thing to compare with is decoding alone, in as many threads. The ways take turns; a ratio is the median over the repeats of
+forward (or decoding) seconds over extract seconds: 1 is no overhead. Loading of the teacher and planning are left out of all.
 
-    python benchmarks/extract.py [--teacher ViT-B-32] [--images 128] [--batch 32] [--tokens none|image] [--reduce int8] [--device cpu] [--json]
+    python benchmarks/extract.py [--teacher ViT-B-32] [--images 128] [--batch 32] [--tokens none|image] [--reduce int8] [--jpeg SIDE] [--device cpu] [--json]
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kdstore.data.images import decode_image
 from kdstore.data.source import Caption, LoadedImage
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.job import prepare
@@ -31,13 +34,14 @@ from kdstore.models.encode import encode_image, encode_image_tokens, encode_text
 
 
 class Pictures:
-    """Noise of 256 x 256 pixels, the same few pictures again and again."""
+    """Noise of 256 x 256 pixels, or as JPEG of `side` x `side`; the same few pictures again and again."""
 
     spec, notices = "pictures", ()
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, side: int | None) -> None:
         rng = np.random.default_rng(0)
-        self._pictures = [Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)) for _ in range(8)]
+        self._pictures = [Image.fromarray(rng.integers(0, 256, (side or 256, side or 256, 3), dtype=np.uint8)) for _ in range(8)]
+        self._encoded = [encoded(picture) for picture in self._pictures] if side else []
         self._count = count
 
     def __len__(self) -> int:
@@ -50,7 +54,15 @@ class Pictures:
         return (Caption(f"picture number {i} of noise"),)
 
     def image(self, i: int) -> LoadedImage:
+        if self._encoded:
+            return decode_image(self._encoded[i % len(self._encoded)])
         return LoadedImage(self._pictures[i % len(self._pictures)], f"{i:064x}")
+
+
+def encoded(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "jpeg")
+    return content.getvalue()
 
 
 def main() -> None:
@@ -60,13 +72,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", default="none", choices=("none", "image"))
     parser.add_argument("--reduce", help="codec of tokens")
+    parser.add_argument("--jpeg", type=int, metavar="SIDE", help="decode JPEGs of this side instead of taking pictures that are decoded")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--threads", type=int, default=2, help="that decode")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    source, ratios, taken = Pictures(args.images), [], {"extract": [], "forward": []}
+    source = Pictures(args.images, args.jpeg)
+    taken: dict[str, list[float]] = {"extract": [], "forward": [], "decode": []}
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {name: getattr(args, name) for name in ("teacher", "batch", "tokens", "reduce", "device", "precision", "threads")}
         config = ExtractConfig(**settings, untrained_seed=0, unit_rows=1 << 20, codec_sample=64, out=str(Path(folder) / "store"))
@@ -89,13 +103,16 @@ def main() -> None:
                     with writer.attempt(unit) as attempt:
                         done[unit.side] += job.extractor.write(attempt, unit, lambda tally: None)
 
+        def decode() -> None:
+            for start in range(0, args.images, args.batch):
+                job.extractor.decode_all(range(start, min(start + args.batch, args.images)))
+
         forward()
         for repeat in range(args.repeats):
-            for way in (forward, extract) if repeat % 2 else (extract, forward):
+            for way in (forward, extract, decode) if repeat % 2 else (decode, extract, forward):
                 started = time.perf_counter()
                 way()
                 taken[way.__name__].append(time.perf_counter() - started)
-            ratios.append(taken["forward"][-1] / taken["extract"][-1])
             for unit in (job.out / "_build" / "units").glob("*.json"):
                 unit.unlink()  # the next repeat writes it again
         rates = rates_of(config, model, done["image"], done["text"], sum(taken["extract"]))
@@ -105,7 +122,7 @@ def main() -> None:
         "device": str(model.device),
         "cores": len(os.sched_getaffinity(0)),
         "images": args.images,
-        "of_forward": statistics.median(ratios),
+        **{f"of_{way}": statistics.median(a / b for a, b in zip(taken[way], taken["extract"], strict=True)) for way in ("forward", "decode")},
         "seconds": {name: statistics.median(values) for name, values in taken.items()},
         "images_per_second": args.images / statistics.median(taken["extract"]),
         "reading": rates.reading,
