@@ -18,6 +18,7 @@ import pyarrow.csv
 
 from kdstore.data.columns import CONTENT, KINDS, ColumnSource, by_content, content_keys, distinct, group
 from kdstore.data.images import MAX_BYTES
+from kdstore.data.mapped import mapped_table
 from kdstore.data.source import UndecodableImage
 from kdstore.errors import SourceError, UnknownName
 
@@ -64,8 +65,9 @@ def _read_texts(path: Path, separator: str) -> pa.Table:
     """Read every cell as it is written: a caption may be 'None' or '7', and a key may begin with zeros."""
     parse = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
     with pa.csv.open_csv(path, parse_options=parse) as start:
-        texts = dict.fromkeys(start.schema.names, pa.string())
-    return pa.csv.read_csv(path, parse_options=parse, convert_options=pa.csv.ConvertOptions(column_types=texts))
+        texts = pa.schema([(name, pa.large_string()) for name in start.schema.names])
+    with pa.csv.open_csv(path, parse_options=parse, convert_options=pa.csv.ConvertOptions(column_types=texts)) as rows:
+        return mapped_table(rows, texts)
 
 
 def table_source(spec: str, table: pa.Table, folder: Path | None, options: dict[str, str]) -> ColumnSource:

@@ -1,5 +1,4 @@
-"""Numbers of which there is one per row, kept in unnamed files instead of in memory: mapped, so that pages come and go and a run over 100 M rows needs no more
-memory than one over a thousand. The files vanish with the arrays, and with the process."""
+"""Numbers of which there is one per row, in unnamed mapped files as the tables of data/mapped.py."""
 
 from __future__ import annotations
 
@@ -7,20 +6,15 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
+from kdstore.data.mapped import unnamed_file
 from kdstore.jsonfile import disk_errors
 
 Int64 = npt.NDArray[np.int64]
 _AT_ONCE = 1 << 20
-
-
-def unnamed_file(folder: Path | None) -> IO[bytes]:
-    """Open a file without a name in `folder`, or where temporary files go if that is None or cannot be written to."""
-    return tempfile.TemporaryFile(dir=folder if folder is not None and os.access(folder, os.W_OK) else None)
 
 
 def mapped_int64(count: int, folder: Path | None) -> Int64:

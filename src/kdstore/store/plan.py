@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import mmap
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kdstore.data.mapped import map_table, mapped_table, write_batches
 from kdstore.data.source import Caption
 from kdstore.errors import ConfigError, DamagedStore, SourceError
-from kdstore.jsonfile import canonical_json, disk_errors, replacing
-from kdstore.store.disk import mapped_int64, repeats, unnamed_file
+from kdstore.jsonfile import canonical_json, replacing
+from kdstore.store.disk import mapped_int64, repeats
 
 Side = Literal["image", "text"]
 SIDES: tuple[Side, Side] = ("image", "text")
@@ -81,10 +80,7 @@ class Plan:
                     digest.update(_fingerprint_line(*pair))
                 yield _as_batch(pairs)
 
-        with disk_errors(folder or Path(tempfile.gettempdir())), unnamed_file(folder) as f:
-            _write(f, batches())
-            table = _mapped(f)
-        pa.default_memory_pool().release_unused()  # what reading the source has taken
+        table = mapped_table(batches(), _SCHEMA, folder)
         if twice := _repeated_keys(table["key"], folder):
             raise SourceError(f"Keys must be unique, but these come more than once: {', '.join(twice)}.", "Choose another key column.")
         return _from_columns(table, f"sha256:{digest.hexdigest()}", unit_rows, folder).within_limits()
@@ -128,14 +124,16 @@ class Plan:
     def save(self, path: Path) -> None:
         """Write the columns as one Arrow file, atomically; raises DiskFull, CannotWrite."""
         with replacing(path) as f:
-            _write(f, self._record_batches())
+            write_batches(f, self._record_batches(), _SCHEMA, path)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str, unit_rows: int) -> Plan:
         """Map a saved plan and compare it with its fingerprint; raises DamagedStore."""
         try:
             with open(path, "rb") as f:
-                table = _mapped(f)
+                table = map_table(f)
+            if table.schema != _SCHEMA:
+                raise ValueError(f"columns {table.schema.names}")
             table.validate(full=True)  # before anything follows an offset in it
             plan = _from_columns(table, fingerprint, unit_rows, path.parent)
             found = fingerprint_of(plan._pairs())
@@ -209,21 +207,6 @@ def _batches(source_rows: Iterable[tuple[str, tuple[Caption, ...]]]) -> Iterator
 def _as_batch(pairs: list[tuple[str, tuple[Caption, ...]]]) -> pa.RecordBatch:
     captions = [[{"text": c.text, "kind": c.kind} for c in pair[1]] for pair in pairs]
     return pa.record_batch([pa.array([key for key, _ in pairs], _SCHEMA.field(0).type), pa.array(captions, _SCHEMA.field(1).type)], schema=_SCHEMA)
-
-
-def _write(file: IO[bytes], batches: Iterable[pa.RecordBatch]) -> None:
-    with pa.ipc.new_file(file, _SCHEMA) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    file.flush()
-
-
-def _mapped(file: IO[bytes]) -> pa.Table:
-    """Return what `_write` wrote, none of it in memory; raises ArrowInvalid for other files, and ValueError for an empty one."""
-    reader = pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-    if reader.schema != _SCHEMA:
-        raise pa.ArrowInvalid("other columns")
-    return pa.Table.from_batches([reader.get_batch(i) for i in range(reader.num_record_batches)], _SCHEMA)
 
 
 def _from_columns(table: pa.Table, fingerprint: str, unit_rows: int, folder: Path | None) -> Plan:

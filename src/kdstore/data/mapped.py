@@ -1,0 +1,48 @@
+"""Tables in unnamed files instead of in memory: mapped, so that pages come and go and a run over 100 M rows needs no more memory than one over a thousand.
+The files vanish with the tables, and with the process."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+
+from kdstore.jsonfile import disk_errors
+
+
+def unnamed_file(folder: Path | None) -> IO[bytes]:
+    """Open a file without a name in `folder`, or where temporary files go if that is None or cannot be written to; raises DiskFull, CannotWrite."""
+    folder = folder if folder is not None and os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+    with disk_errors(folder):
+        return tempfile.TemporaryFile(dir=folder)
+
+
+def mapped_table(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: Path | None = None) -> pa.Table:
+    """Return the table of all batches, none of it in memory; raises DiskFull, CannotWrite, and what making the batches raises."""
+    with unnamed_file(folder) as f:
+        write_batches(f, batches, schema, folder or Path(tempfile.gettempdir()))
+        table = map_table(f)
+    pa.default_memory_pool().release_unused()  # what making them has taken
+    return table
+
+
+def write_batches(file: IO[bytes], batches: Iterable[pa.RecordBatch], schema: pa.Schema, where: Path) -> None:
+    """Write an Arrow file; raises DiskFull, CannotWrite, and what making the batches raises."""
+    with pa.ipc.new_file(file, schema) as writer:
+        for batch in batches:
+            with disk_errors(where):
+                writer.write_batch(batch)
+        with disk_errors(where):
+            writer.close()
+            file.flush()
+
+
+def map_table(file: IO[bytes]) -> pa.Table:
+    """Map an Arrow file; raises ArrowInvalid for a file that is none, and ValueError for an empty one."""
+    reader = pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    return pa.Table.from_batches([reader.get_batch(i) for i in range(reader.num_record_batches)], reader.schema)
