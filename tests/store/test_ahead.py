@@ -46,10 +46,10 @@ def test_reading_ahead_is_bounded_and_ends_with_its_threads() -> None:
     assert not reading()
 
 
-def test_a_generator_that_a_program_leaves_open_ends_with_it_in_silence() -> None:
-    kept = "class Kept: pass\nkept = Kept()\nkept.me, kept.left = kept, read_ahead(str, range(100), 2)"  # a cycle is collected when modules are gone
-    program = f"from kdstore.store.ahead import read_ahead\n{kept}\nprint(next(kept.left))\ndel kept"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+def test_a_generator_that_a_program_leaves_open_ends_with_it_in_silence(tmp_path: Path) -> None:
+    ahead = "from kdstore.store.ahead import read_ahead\nahead = read_ahead(str, range(100), 2)\nprint(next(ahead))"
+    (tmp_path / "program.py").write_text(f"from torch.utils.data import DataLoader\n{ahead}")  # with torch, modules are gone before the generator
+    done = subprocess.run([sys.executable, "-W", "ignore", tmp_path / "program.py"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
@@ -101,7 +101,7 @@ def test_a_damaged_row_is_an_error_at_the_batch_that_holds_it(copied: Path, samp
     batches = gather_ahead(open_store(copied), ({"image/tokens": [row]} for row in range(9)), depth=8)
     for row in range(4):
         np.testing.assert_array_equal(next(batches)["image/tokens"], sample.arrays["image/tokens"][[row], 0])
-    with pytest.raises(DamagedStore, match="rows 4 to 5"):
+    with pytest.raises(DamagedStore, match="row 4 does not match"):
         next(batches)
     assert not reading()
 

@@ -111,7 +111,7 @@ def test_two_shards_that_change_places_are_found(copied: Path) -> None:
         ("image/embedding/c/0/0/0", (0, 16)),
         ("image/embedding/c/1/0/0", (16, 32)),
     ]
-    with pytest.raises(DamagedStore, match="the chunk of rows 0 to 16 does not match its crc32c"):
+    with pytest.raises(DamagedStore, match="the chunk of rows 0 to 15 does not match its crc32c"):
         open_store(copied).gather("image/embedding", [3])
 
 
@@ -128,7 +128,7 @@ def test_a_shard_of_another_store_is_found(copied: Path, sample: Sample, tmp_pat
         shutil.copyfile(tmp_path / "other" / name, copied / name)
         assert [(damage.path, damage.rows) for damage in verify_store(copied).damaged] == [(name, rows)]
         for row in rows[0], rows[1] - 1:
-            with pytest.raises(DamagedStore, match=rf"{name}.*rows \d+ to \d+"):
+            with pytest.raises(DamagedStore, match=rf"{name}.*rows? \d+"):
                 open_store(copied).gather("/".join(name.split("/")[:2]), [row])
         (copied / name).write_bytes(kept)
 
@@ -147,7 +147,7 @@ def test_a_shard_that_lacks_a_chunk_is_damaged_and_not_fill(copied: Path, sample
     (copied / name).write_bytes(content[: -size - 4] + index.tobytes() + crc32c(index.tobytes()).to_bytes(4, "little"))
     assert [(damage.path, damage.rows) for damage in verify_store(copied).damaged] == [(name, rows)]
     for row in range(*rows):
-        with pytest.raises(DamagedStore, match=rf"{name}: the chunk of row \d+ is missing .*rows {rows[0]} to {rows[1]}"):
+        with pytest.raises(DamagedStore, match=rf"{name}: the chunk of row \d+ is missing .*rows {rows[0]} to {rows[1] - 1}"):
             open_store(copied).gather(array, [row])
 
 

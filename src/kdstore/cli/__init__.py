@@ -1,7 +1,7 @@
 """The command line: parse, one library call, print. Stages are imported inside commands, so that `--help` needs none of them.
 
-Results go to stdout (text, or JSON with --json), progress and notices to stderr. An error of ours is one line and exit code 1;
-an interrupted run is exit code 130 and says how to go on. Anything else is a bug and stays a traceback.
+Results go to stdout (text, or JSON with --json), progress and notices to stderr. An error of ours is one line and exit code 1 (`store verify`
+has codes of its own); an interrupted run is exit code 130 and says how to go on. Anything else is a bug and stays a traceback.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
         sys.exit(1)
     except UsageError as e:
         say(f"error: {e.format_message()} See {e.ctx.command_path if e.ctx else 'kdstore'} --help.")
-        sys.exit(1)
+        sys.exit(2 if e.ctx and e.ctx.command_path == "kdstore store verify" else 1)  # 1 says there that a store is damaged
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -86,9 +86,13 @@ def store_verify(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Check a store: its structure, then its bytes. Exit code 0: whole; 1: damaged, every file and its rows are named; 2: cannot be read."""
+    """Check a store: its structure, then its bytes.
+
+    Exit code 0: whole; 1: damaged, every file and its rows are named (or its teacher says otherwise, --recompute); 2: cannot be read, or wrong options.
+    """
     from kdstore.errors import DamagedStore, KdstoreError
     from kdstore.store import verify_store
+    from kdstore.store.layout import rows_said
 
     again = None
     try:
@@ -99,17 +103,24 @@ def store_verify(
 
                 origin: dict[str, Any] = {"teacher": teacher, "pretrained": pretrained, "data": data, "device": device or "auto"}
                 again = extract_again.recompute(path, recompute, seed=seed, **origin, on_progress=on_progress)
-    except DamagedStore:
-        raise
+    except DamagedStore as e:  # of the manifest, without which there is no list of files
+        say(f"damaged: {str(e).removeprefix(f'{path}/')}")
+        raise typer.Exit(1) from e
     except KdstoreError as e:
         say(f"error: {e}")
         raise typer.Exit(2) from e
     for what, found in (("damaged", report.damaged), ("cannot be read", report.unreadable)):
         for damage in found:
-            rows = "the whole store" if damage.rows is None else f"rows {damage.rows[0]} to {damage.rows[1] - 1}"
-            say(f"{what}: {damage.path} ({rows}) {damage.reason}")
-    read = "" if report.seed is None else f", {100 * report.read_bytes / max(1, report.num_bytes):.2g} % of the bytes read (--seed {report.seed})"
-    lines = [f"{path}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB{read}, {'whole' if report.ok else 'not whole'} ({report.digest})."]
+            say(f"{what}: {damage.path} ({'the whole store' if damage.rows is None else rows_said(*damage.rows)}) {damage.reason}")
+    if report.damaged:
+        say(f"Bring these files back from another copy of the store (files that are not in the manifest: remove them), then: kdstore store verify {path}")
+    elif report.unreadable:
+        say(f"Check the rights and the disk, then: kdstore store verify {path}")
+    read, sound = "", "whole"
+    if report.seed is not None:
+        share = 100 * report.read_bytes / max(1, report.num_bytes)
+        read, sound = f", {share:.2g} % of the bytes read (--seed {report.seed})", "no damage in what was read"
+    lines = [f"{path}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB{read}, {sound if report.ok else 'not whole'} ({report.digest})."]
     lines += _recomputed(again) if again else []
     show({**dataclasses.asdict(report), "recompute": again and dataclasses.asdict(again)}, as_json, text="\n".join(lines))
     if not report.ok or (again and not again.ok):

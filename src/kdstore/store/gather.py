@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from kdstore.errors import DamagedStore
 from kdstore.store.kernel import COPIED, UNKNOWN, Int64, copy_rows
-from kdstore.store.layout import BLOSC, PLAIN, ZSTD, ArraySpec
+from kdstore.store.layout import BLOSC, PLAIN, ZSTD, ArraySpec, rows_said
 from kdstore.store.manifest import RESTORE, Manifest
 from kdstore.store.mapping import CAN_MAP, guard, map_file, will_need
 from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, decode_chunk_with_zarr, index_bytes, parse_index
@@ -236,14 +236,14 @@ class ArrayReader:
         path = self._manifest.root / self._spec.shard_path(chunk // self._spec.chunks_per_shard)
         start = chunk // self._spec.views * self._spec.chunk[0]
         stop = min(start + self._spec.chunk[0], self._spec.shape[0])
-        return DamagedStore(f"{path}: the chunk of rows {start} to {stop} {what}.", RESTORE)
+        return DamagedStore(f"{path}: the chunk of {rows_said(start, stop)} {what}.", RESTORE)
 
     def _cut(self, number: int) -> DamagedStore:
         """Say that a shard is not what it was when it was opened, now and for every later row of it."""
         self._seals[number] = _NEVER
         path = self._spec.shard_path(number)
         start, stop = self._spec.shard_rows(number)
-        return DamagedStore(f"{self._manifest.root / path} was cut or replaced while it was read (rows {start} to {stop}).", RESTORE)
+        return DamagedStore(f"{self._manifest.root / path} was cut or replaced while it was read ({rows_said(start, stop)}).", RESTORE)
 
 
 class _Descriptor:

@@ -194,6 +194,11 @@ def scalar_array(plan: Plan, name: str, dtype: str) -> ArraySpec:
     return ArraySpec(name, (plan.rows(side),), dtype, (plan.unit_rows,), (plan.unit_rows,), PLAIN, (side,))
 
 
+def rows_said(start: int, stop: int) -> str:
+    """Say which rows `start:stop` are, with the last one named."""
+    return f"row {start}" if stop == start + 1 else f"rows {start} to {stop - 1}"
+
+
 def index_path(unit: Unit) -> str:
     return f"index/{unit.side}/{unit.number:05d}.parquet"
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from kdstore.errors import CannotRead, DamagedStore, IncompleteStore, StoreError, StoreNotFound
 from kdstore.jsonfile import digest_of, parse_json
-from kdstore.store.layout import BESIDE, BUILD, FORMAT, MANIFEST
+from kdstore.store.layout import BESIDE, BUILD, FORMAT, MANIFEST, rows_said
 from kdstore.store.plan import MAX_SHARDS
 
 MAX_MANIFEST_BYTES = 1 << 26  # twice that of 14 arrays of 8,192 shards
@@ -48,7 +48,7 @@ class FileEntry:
     rows: tuple[int, int] | None
 
     def said(self) -> str:
-        return f" (rows {self.rows[0]} to {self.rows[1]})" if self.rows else ""
+        return f" ({rows_said(*self.rows)})" if self.rows else ""
 
 
 @dataclass(frozen=True)

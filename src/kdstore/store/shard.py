@@ -23,7 +23,7 @@ from numcodecs.zstd import Zstd
 
 from kdstore.errors import DamagedStore
 from kdstore.jsonfile import disk_error
-from kdstore.store.layout import PLAIN, ZSTD, ArraySpec
+from kdstore.store.layout import PLAIN, ZSTD, ArraySpec, rows_said
 
 CRC_BYTES = 4
 WRITE_BYTES = 4 << 20  # written at once and at multiples of it, so that the page cache may hold and map a shard in huge pages
@@ -158,7 +158,7 @@ def parse_index(spec: ArraySpec, number: int, content: bytes, file_size: int, wh
     start, stop = spec.shard_rows(number)
     hint = "Restore this file or extract its rows again."
     if crc32c(content[:-CRC_BYTES]) != int.from_bytes(content[-CRC_BYTES:], "little"):
-        raise DamagedStore(f"{where}: the shard's index does not match its crc32c (rows {start} to {stop}).", hint)
+        raise DamagedStore(f"{where}: the shard's index does not match its crc32c ({rows_said(start, stop)}).", hint)
     used = -(-(stop - start) // spec.chunk[0]) * spec.views
     index = np.frombuffer(content[:-CRC_BYTES], "<u8").reshape(-1, 2)[:used]
     offset, length = index[:, 0], index[:, 1]
@@ -168,7 +168,7 @@ def parse_index(spec: ArraySpec, number: int, content: bytes, file_size: int, wh
     inside &= length == decoded + CRC_BYTES if spec.codecs == PLAIN else length <= decoded + decoded // 64 + 4096  # no compressor adds as much
     if not inside.all():
         first = start + int(np.argmin(inside)) // spec.views * spec.chunk[0]
-        raise DamagedStore(f"{where}: the chunk of row {first} is missing or lies outside the file (rows {start} to {stop}).", hint)
+        raise DamagedStore(f"{where}: the chunk of row {first} is missing or lies outside the file ({rows_said(start, stop)}).", hint)
     return index.astype(np.int64)
 
 

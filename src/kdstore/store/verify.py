@@ -139,8 +139,8 @@ def verify_store(path: str | Path, *, sample: str | None = None, seed: int | Non
 def parse_sample(text: str) -> Callable[[int], float]:
     """Read "5%" or "20GB" as a function from the bytes of a store to the bytes to read; raises ConfigError."""
     match = _SAMPLE.fullmatch(text.strip())
-    if not match or (match[2] == "%" and float(match[1]) > 100):
-        raise ConfigError(f"'{text}' is no sample.", "Give a share such as 5%, or an amount such as 20GB (kB, MB, GB, TB).")
+    if not match or float(match[1]) == 0 or (match[2] == "%" and float(match[1]) > 100):
+        raise ConfigError(f"'{text}' is no sample.", "Give a share such as 5% (100% at most), or an amount such as 20GB (kB, MB, GB, TB).")
     number, unit = float(match[1]), match[2]
     return lambda total: total * number / 100 if unit == "%" else number * _UNITS[unit]
 
@@ -315,11 +315,17 @@ def _judged(manifest: Manifest, work: Callable[[str], list[Damage]], name: str) 
     try:
         return work(name), []
     except CannotRead as e:
-        return [], [Damage(name, rows, e.message)]
+        return [], [Damage(name, rows, _reason(manifest, name, e))]
     except DamagedStore as e:
-        return [Damage(name, rows, e.message)], []
+        return [Damage(name, rows, _reason(manifest, name, e))], []
     except OSError as e:
-        return [], [Damage(name, rows, cannot_read(e, manifest.root / name).message)]
+        return [], [Damage(name, rows, _reason(manifest, name, cannot_read(e, manifest.root / name)))]
+
+
+def _reason(manifest: Manifest, name: str, error: StoreError) -> str:
+    """Return the message of an error about a file without path and rows, which a finding says itself."""
+    message = error.message.replace(manifest.files[name].said(), "").removeprefix("Cannot read ")
+    return message.removeprefix(str(manifest.root / name)).lstrip(": ").rstrip(".")
 
 
 def _counter(on_progress: OnProgress, stage: str, total: int) -> tuple[Callable[[int], None], Callable[[], int]]:
