@@ -118,7 +118,9 @@ def extract(
 
 @app.command()
 def distill(
-    cache: Annotated[str | None, typer.Option(help="The store of the teacher's features; without one, the student learns alone.")] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(help="The store of a teacher's features, once for each teacher; without one, the student learns alone.")
+    ] = None,
     data: Data = None,
     student: Annotated[str | None, typer.Option(help="See 'kdstore list students'; any open_clip architecture or config.json too.")] = None,
     init: Annotated[str | None, typer.Option(help="First weights: scratch, a run folder, a file or tag, inherit[:MODEL] (docs/students.md).")] = None,
