@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import torch
 from kdstore.data.scenes import Scenes
 from kdstore.data.source import Caption, LoadedImage, Source
 from kdstore.distill.tokens import Standard
+from kdstore.extract.config import ExtractConfig
+from kdstore.extract.run import extract
 from kdstore.models.encode import encode_image, encode_text
 from kdstore.models.load import Model, load_model
-from kdstore.store import Plan, StoreWriter, embedding_array
+from kdstore.store import Plan, StoreWriter, embedding_array, store_stats, subset_store
 
 NUM_IMAGES = 40
 SIGMOID_BIAS = -6.0
@@ -177,4 +180,34 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": preprocess})
     )
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def other(source: Scenes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second teacher of another width, with tokens in a child store."""
+    path = tmp_path_factory.mktemp("other")
+    said: dict[str, Any] = {"teacher": "scenes-S", "unit_rows": 16, "device": "cpu"}
+    extract(ExtractConfig(data=source.spec, out=str(path / "s"), **said))
+    extract(ExtractConfig(parent=str(path / "s"), out=str(path / "tokens"), tokens="image", **said))
+    for name in ("s", "tokens"):
+        store_stats(path / name)
+    return path / "s"
+
+
+@pytest.fixture(scope="session")
+def part(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows 10 to 39 of the second teacher's store, in their order."""
+    path = tmp_path_factory.mktemp("part") / "part"
+    subset_store(other, path, rows=slice(10, 40))
+    return path
+
+
+@pytest.fixture(scope="session")
+def gridded(student: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The session's student without patch dropout, whose 16 tokens lie on a grid."""
+    settings = json.loads((Path(student.removeprefix("local-dir:")) / "open_clip_config.json").read_text())
+    settings["model_cfg"]["vision_cfg"]["patch_dropout"] = 0.0
+    folder = tmp_path_factory.mktemp("gridded")
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
     return f"local-dir:{folder}"

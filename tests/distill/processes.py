@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from kdstore.config import make_config
 from kdstore.data.source import LoadedImage, UndecodableImage
 from kdstore.data.sources import open_source
 from kdstore.distill.config import DistillConfig
@@ -43,7 +44,7 @@ def main(folder: Path) -> None:
     ended: dict[str, str] = {}
     with joined("cpu") as (world, _):
         for name, settings in json.loads((folder / "configs.json").read_text()).items():
-            config = DistillConfig(**settings)
+            config = make_config(DistillConfig, settings)
             source = Troubled(config.data, name, 20) if config.data else None
             try:
                 distill(config, source=source)

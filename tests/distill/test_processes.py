@@ -20,7 +20,7 @@ import torch
 
 from kdstore.data.scenes import Scenes
 from kdstore.distill.config import DistillConfig
-from kdstore.distill.losses import LOSSES
+from kdstore.distill.losses import LOSSES, needs_of, parse_loss
 from kdstore.distill.train import distill
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -45,9 +45,16 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return {**state["clip"], **state["objective"]}
 
 
-def test_two_processes_do_what_one_does_for_every_loss_and_what_ends_one_ends_both(config: DistillConfig, source: Scenes, tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does_for_every_loss_and_what_ends_one_ends_both(
+    config: DistillConfig, source: Scenes, sigmoid_store: Path, other: Path, part: Path, gridded: str, tmp_path: Path
+) -> None:
     """That both hold the same bits, projectors too, is checked by every run when it saves; a check of weights that differ must raise."""
+    of_sigmoid, of_tokens = {"cache": str(sigmoid_store)}, {"cache": str(other.with_name("tokens")), "student": gridded}
     alike: dict[str, dict[str, Any]] = {loss: {"loss": loss, "projector": "always"} for loss in LOSSES}
+    for loss, changes in alike.items():
+        needs = needs_of(parse_loss(loss))
+        changes |= of_sigmoid if "logit_bias" in needs else of_tokens if "image/tokens" in needs else {}
+    alike["several"] = {"cache": (str(config.cache), str(part)), "loss": "clip-kd-free"}  # of which the second lacks images
     alike["pieces"] = {"micro_batch": 2, "ema": 0.9, "grad_checkpointing": True}
     ends: dict[str, dict[str, Any]] = {name: {"cache": None, "loss": "clip", "data": source.spec, "samples": 64} for name in ("undecodable", "sigterm")}
     ends["uneven"] = {"batch_size": 9, "samples": 18, "micro_batch": None}

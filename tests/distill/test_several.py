@@ -26,7 +26,7 @@ from kdstore.errors import ConfigError, IdentityMismatch, JoinError, MissingFeat
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json
-from kdstore.store import Store, open_store, store_stats, subset_store
+from kdstore.store import Store, open_store
 
 EMBEDDINGS = ("image/embedding", "text/embedding")
 
@@ -35,36 +35,6 @@ EMBEDDINGS = ("image/embedding", "text/embedding")
 def config(student: str, store: Path, tmp_path: Path) -> DistillConfig:
     """Three steps of eight pairs."""
     return DistillConfig(cache=str(store), student=student, out=str(tmp_path / "run"), samples=24, batch_size=8, log_every=1, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def other(source: Scenes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second teacher of another width, with tokens in a child store."""
-    path = tmp_path_factory.mktemp("other")
-    said: dict[str, Any] = {"teacher": "scenes-S", "unit_rows": 16, "device": "cpu"}
-    extract(ExtractConfig(data=source.spec, out=str(path / "s"), **said))
-    extract(ExtractConfig(parent=str(path / "s"), out=str(path / "tokens"), tokens="image", **said))
-    for name in ("s", "tokens"):
-        store_stats(path / name)
-    return path / "s"
-
-
-@pytest.fixture(scope="module")
-def part(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows 10 to 39 of the second teacher's store, in their order."""
-    path = tmp_path_factory.mktemp("part") / "part"
-    subset_store(other, path, rows=slice(10, 40))
-    return path
-
-
-@pytest.fixture(scope="module")
-def gridded(student: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The session's student without patch dropout, whose 16 tokens lie on a grid."""
-    settings = json.loads((Path(student.removeprefix("local-dir:")) / "open_clip_config.json").read_text())
-    settings["model_cfg"]["vision_cfg"]["patch_dropout"] = 0.0
-    folder = tmp_path_factory.mktemp("gridded")
-    (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    return f"local-dir:{folder}"
 
 
 def logged(path: Path | str) -> list[dict[str, float]]:
