@@ -39,7 +39,8 @@ def test_errors_cross_processes_with_message_and_hint(error):
 
 def test_an_unknown_name_suggests_near_ones_or_lists_few():
     assert "Did you mean scenes" in str(UnknownName.of("source", "scnes", ["scenes", "hf"]))
-    assert "Known: hf, scenes" in str(UnknownName.of("source", "zzz", ["scenes", "hf"]))
+    assert "Known: hf, scenes" in str(UnknownName.of("source", "zzz", ["scenes", "hf", "scenes"]))
+    assert "Did you mean" not in str(UnknownName.of("setting", "nonsense", ["tokens", "views"]))
 
 
 def test_later_layers_win_and_none_leaves_a_setting_alone():

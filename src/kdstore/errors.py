@@ -33,8 +33,8 @@ class UnknownName(ConfigError):
     @classmethod
     def of(cls, what: str, name: str, known: Iterable[str], hint: str = "") -> UnknownName:
         """Build the error for `name`, with the nearest of the known names (all of them when few)."""
-        names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+        names = sorted(set(known))
+        near = difflib.get_close_matches(name, names, n=4)
         if near:
             said = f"Did you mean {' or '.join(near)}?"
         elif len(names) <= 24:

@@ -80,7 +80,7 @@ def test_captions_and_keys_come_from_json_fields_and_members_that_are_named(shar
     assert [(c.text, c.kind) for c in source.captions(5)] == [("words 5", "human"), ("https://x/5", "human"), ("said 5", "synthetic")]
     with pytest.raises(UnknownName, match=r"json field in .* 'captoin'. Did you mean caption"):
         open_source(f"{shards}/*.tar?caption=captoin")
-    with pytest.raises(UnknownName, match=r"Unknown member of the samples in .* '\.cap'\. Did you mean \.jpg"):
+    with pytest.raises(UnknownName, match=r"Unknown member of the samples in .* '\.cap'\. Known: \.jpg"):
         open_source(f"{shards}/*.tar?caption=.cap")
 
 

@@ -148,8 +148,9 @@ def test_parts_in_any_order_and_interrupted_make_the_store_of_one_process(tmp_pa
     assert (account["images"], account["invalid_images"], len(account["parts"])) == (160, 0, 3)
     assert open_store(out).recorded_source == "scenes/val:160"
     assert extract(config(out, part="1/3")).digest == digest
+    assert finalise_store(out) == digest  # complete already
     with pytest.raises(StoreNotFound, match="No store is being written"):
-        finalise_store(out)
+        finalise_store(tmp_path / "nowhere")
 
 
 def test_what_parts_have_staged_is_taken_by_a_run_that_does_the_rest(tmp_path, digest):

@@ -161,6 +161,8 @@ def test_statistics_of_codes_are_those_of_the_features_that_they_stand_for(tmp_p
     assert stored.keys() == coded.keys()
     np.testing.assert_allclose(coded["image/embedding"]["mean"], stored["image/embedding"]["mean"], atol=0.02)
     assert (coded["image/tokens"]["vectors"], coded["image/tokens"]["rows"]) == (280, 70)
+    assert (coded["image/tokens"]["codec"], "at_limit" in coded["image/tokens"], "at_limit" in stored["image/tokens"]) == ("pool2+int8", False, True)
+    assert open_store(tmp_path / "int8").summary()["codecs"]["image/tokens"]["held_out"]["cosine"]["mean"] > 0.99
 
 
 @pytest.mark.parametrize("views", [0, 1])

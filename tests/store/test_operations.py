@@ -59,6 +59,9 @@ def test_a_join_with_other_data_is_a_report(kdstore: Command, pristine: Path) ->
         (["subset", "STORE", "--out", "out", "--rows", "7"], "START:STOP"),
         (["subset", "STORE", "--out", "out", "--keys", "nowhere"], "a key per line"),
         (["recode", "STORE", "--out", "out"], "Nothing to change"),
+        (["recode", "STORE", "--out", "STORE", "--codec", "zstd"], "is the store that is read"),
+        (["recode", "STORE", "--out", "out", "--dtype", "int8"], "float16 or float32, found int8"),
+        (["subset", "STORE", "--out", "out"], "Nothing to leave out"),
         (["concat", "STORE", "STORE", "--out", "out"], "45 keys are in more than one of the stores"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdstore.errors import ConfigError, IdentityMismatch, StoreError, UnknownName
+from kdstore.errors import ConfigError, StoreError, UnknownName
 from kdstore.store import Encoding, blocks, open_store, recode_store, verify_store
 
 POWERS = st.sampled_from([1, 2, 4, 8, 16, 32])
@@ -124,6 +124,6 @@ def test_wrong_encodings_and_paths_are_refused(pristine: Path, tmp_path: Path) -
         recode_store(pristine, tmp_path / "out", Encoding(dtype="float32"), arrays=["text/length"])
     with pytest.raises(UnknownName, match="image/token"):
         recode_store(pristine, tmp_path / "out", Encoding(codec="zstd"), arrays=["image/token"])
-    with pytest.raises(IdentityMismatch):
+    with pytest.raises(ConfigError, match="is the store that is read"):
         recode_store(pristine, pristine, Encoding(codec="zstd"))
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ import zarr
 from kdstore.data.source import Caption
 from kdstore.errors import CannotWrite, DiskFull, IdentityMismatch, IncompleteStore, StoreError
 from kdstore.store import Plan, StoreWriter, embedding_array, open_store, verify_store
+from kdstore.store.derive import fitted
 
 InChild = Callable[[Callable[[], None]], int]
 
@@ -154,6 +155,9 @@ def test_another_identity_is_refused_with_the_fields_that_differ(sample: Any, pr
     sample.open(tmp_path / "store").close()
     with pytest.raises(IdentityMismatch, match=r"plan\.fingerprint"):
         sample.open(tmp_path / "store", plan=Plan.freeze([*sample.rows[:-1], ("x", (Caption("a"),))], unit_rows=16))
+    plan = Plan.freeze(sample.rows, unit_rows=32)
+    with pytest.raises(IdentityMismatch, match=r"holds other features \(plan\.unit_rows: there 16, asked 32\)"):
+        sample.open(tmp_path / "store", plan=plan, arrays=[fitted(spec, plan) for spec in sample.specs])
     with pytest.raises(IdentityMismatch, match=r"arrays\.image/embedding\.data_type"):
         sample.open(tmp_path / "store", arrays=[dataclasses.replace(spec, dtype="float32") for spec in sample.specs])
 

@@ -23,7 +23,31 @@ def show(result: Any, as_json: bool, text: str | None = None) -> None:
         print(text.rstrip())
     else:
         for name, value in content.items():
-            print(f"{name:>24}  {value if not isinstance(value, dict | list | tuple) else json.dumps(value, default=str)}")
+            print(f"{name:>24}  {_in_words(name, value)}")
+
+
+def in_bytes(size: int) -> str:
+    """Write a number of bytes for people."""
+    from rich.filesize import decimal
+
+    return decimal(size)
+
+
+def _in_words(name: str, value: Any) -> str:
+    """Write a value of a result for people, in units that they read."""
+    if isinstance(value, dict) and value:
+        return f"\n{'':>26}".join(f"{key}: {_in_words(key, part) if not isinstance(part, dict) else _flat(part)}" for key, part in value.items())
+    if isinstance(value, dict | list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if name.endswith("bytes") and isinstance(value, int):
+        return in_bytes(value)
+    if name == "hours":
+        return f"{value:.1f}" if value >= 0.1 else f"{value:.4f} ({3600 * value:.0f} seconds)"
+    return str(value)
+
+
+def _flat(content: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_flat(value) if isinstance(value, dict) else value}" for name, value in content.items())
 
 
 def say(text: str) -> None:
@@ -40,7 +64,6 @@ def _speaks() -> bool:
 def bars() -> Iterator[OnProgress]:
     """Draw a bar per stage on stderr, with rate and time left; a notice is printed above them."""
     from rich.console import Console
-    from rich.filesize import decimal
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     _quiet_libraries()
@@ -56,7 +79,7 @@ def bars() -> Iterator[OnProgress]:
             console.print(f"{stage}: {note}", style="yellow" if stage == "warning" else None, markup=False, highlight=False, soft_wrap=True)
             return
         bars.start()  # at the first report, so that an error before it is one line alone
-        amount = f"{decimal(done)}/{decimal(total)}" if stage == "bytes" else f"{done}/{total}"
+        amount = f"{in_bytes(done)}/{in_bytes(total)}" if stage == "bytes" else f"{done}/{total}"
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total, note=note, amount=amount)
         bars.update(tasks[stage], completed=done, total=total, note=note, amount=amount)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdstore.cli.options import Data, Device, Json
-from kdstore.cli.screen import bars, say, show
+from kdstore.cli.screen import bars, in_bytes, say, show
 from kdstore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,13 +37,14 @@ def _progress_lines(found: StoreProgress) -> str:
     lines += [f"{'teacher':>10}  {found.teacher}"] if found.teacher else []
     for what, recorded, planned in (("images", found.images_recorded, found.images), ("texts", found.texts_recorded, found.texts)):
         lines.append(f"{what:>10}  {recorded} of {planned}")
-    lines.append(f"{'bytes':>10}  {found.bytes_in_place} in place, {found.bytes_staged} in unfinished units")
+    lines.append(f"{'bytes':>10}  {in_bytes(found.bytes_in_place)} in place, {in_bytes(found.bytes_staged)} in unfinished units")
     lines += [f"{'staged':>10}  {found.units_staged} units by parts; when all have ended: kdstore store finalise {found.path}"] if found.units_staged else []
     lines += [f"{'recorded':>10}  {found.last_record}"] if found.last_record else []
+    again = "" if found.units_staged else "; run the same command again to go on"
     if found.writer is None:
-        said = "nobody; run the same command again to go on"
+        said = f"nobody{again}"
     else:
-        state = "alive" if found.writer.alive else "dead; run the same command again to go on"
+        state = "alive" if found.writer.alive else f"dead{again}"
         said = f"process {found.writer.pid} on {found.writer.host} since {found.writer.since}, last beat {found.writer.last_beat}: {state}"
     return "\n".join([*lines, f"{'writer':>10}  {said}"])
 
@@ -152,7 +153,8 @@ def store_stats(
 
 
 def _stats_line(found: dict[str, Any]) -> str:
-    said = f"{found['rows']} rows, {found['nan']} NaN, {found['inf']} infinite, {found['at_limit']} at the limit of the type"
+    said = f"{found['rows']} rows, {found['nan']} NaN, {found['inf']} infinite"
+    said += f", decoded from {found['codec']}" if "codec" in found else f", {found['at_limit']} at the limit of the type"
     if "norm" in found:
         said += ", norm {min:.4g} to {max:.4g}, mean {mean:.4g}".format(**found["norm"])
     if sums := list(accumulate(found.get("spectrum", []))):

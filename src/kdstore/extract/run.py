@@ -175,7 +175,7 @@ def _extract_all(run: _Run) -> ExtractResult:
         digest = writer.finalise({**account, "recall_check": check, "resumed": len(pending) < len(job.plan.units)})
     store = open_store(job.out)
     if run.invalid:
-        run.say(f"{run.invalid} of {job.plan.num_images} images are not valid; their rows hold NaN, and the store's index says why.", "warning")
+        run.say(f"{run.invalid} of {job.plan.num_images} images are not valid; the store's index says why.", "warning")
     if texts := run.done["text"].invalid:
         run.say(f"{texts} texts are not valid: {BAD_VALUES}.", "warning")
     if repeated := _repeated_content(store, job.plan):

@@ -72,8 +72,8 @@ class Guard:
         self.seen, self.invalid = self.seen + done.images, self.invalid + done.invalid
         ended = self.seen == self.total
         if self.invalid > self.max_invalid * (self.seen if ended else max(self.seen, ENOUGH)) or (ended and self.invalid == self.seen > 0):
-            found = f"{self.invalid} of the first {self.seen} images cannot be decoded (the last: {done.last_reason or 'in an earlier unit'})."
-            raise SourceError(found, "Check the data, or allow more with --set max_invalid=SHARE.")
+            found = f"{self.invalid} of the first {self.seen} images cannot be decoded (the last: {done.last_reason or 'in an earlier unit'})"
+            raise SourceError(f"{found}; {100 * self.max_invalid:.3g} % may be.", "Check the data, or allow more with --set max_invalid=SHARE.")
 
 
 class Extractor:

@@ -151,6 +151,8 @@ def write_parts(
     on_progress: OnProgress = silent,
 ) -> DerivedStore:
     """Write the rows of all parts as a store, or go on with one; raises what `StoreWriter` and `Store.gather` raise, StoreError for an overflow."""
+    if Path(out).resolve() in {part.store.path.resolve() for part in parts}:
+        raise ConfigError(f"{out} is the store that is read.", "Name a new one with --out.")
     started = time.perf_counter()
     operation = identity["lineage"]["operation"]
     first = parts[0].store  # codes mean the same in all parts: their identities agree

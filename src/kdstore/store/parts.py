@@ -15,7 +15,8 @@ from kdstore.errors import DamagedStore, IncompleteStore
 from kdstore.jsonfile import make_folders, read_json, write_json
 from kdstore.progress import OnProgress, silent
 from kdstore.store.attempt import Attempt, open_attempt, staged_path
-from kdstore.store.layout import BUILD
+from kdstore.store.layout import BUILD, MANIFEST
+from kdstore.store.manifest import read_manifest
 from kdstore.store.plan import Unit
 from kdstore.store.writer import PARTS, StoreWriter
 
@@ -62,10 +63,13 @@ def leave_account(path: Path, part: str, account: dict[str, Any]) -> None:
 
 
 def finalise_store(path: str | Path, *, on_progress: OnProgress = silent) -> str:
-    """Record all staged units of a store whose parts have ended and seal it; returns its digest.
+    """Record all staged units of a store whose parts have ended and seal it; returns its digest, also of one that is complete already.
 
     Raises IncompleteStore with the units that no part has staged, StoreNotFound, StoreLocked, DiskFull, CannotWrite.
     """
+    if (Path(path) / MANIFEST).is_file():
+        on_progress("notice", 0, 0, f"{path} is complete already.")
+        return read_manifest(Path(path)).digest
     with StoreWriter.reopen(path, on_progress=on_progress) as writer:
         record_staged(writer, on_progress)
         if pending := writer.pending():

@@ -107,6 +107,7 @@ class Store:
             "undecodable": int((~self.image_valid).sum()),
             "texts": self.num_texts,
             "arrays": {name: f"{list(spec.shape)} {spec.dtype}{_said(encoded.get(name))}" for name, spec in self.arrays.items()},
+            "codecs": {name: {"codec": str(coded.chain), **coded.record} for name, coded in self.codecs.items()},
             "bytes": self.num_bytes,
             "fingerprint": self.fingerprint,
         }
@@ -230,8 +231,10 @@ def _said(encoding: Any) -> str:
     if not isinstance(encoding, dict):
         return ""
     codec = encoding.get("codec")
-    words = [f"layer {encoding.get('layer')}", str(encoding.get("precision")), *([str(codec.get("name"))] if isinstance(codec, dict) else [])]
-    return f" ({', '.join(words)})"
+    words = [f"layer {encoding['layer']}"] if "layer" in encoding else []
+    words += [str(encoding["precision"])] if "precision" in encoding else []
+    words += [str(codec.get("name"))] if isinstance(codec, dict) else []
+    return f" ({', '.join(words)})" if words else ""
 
 
 def open_store(path: str | Path) -> Store:

@@ -60,8 +60,10 @@ def _changes(encoding: Encoding) -> dict[str, Any]:
     """Return the changes as `fitted` takes them; raises ConfigError."""
     if encoding == Encoding():
         raise ConfigError("Nothing to change: no codec, dtype, chunk_rows or shard_rows is given.", "Give one of them.")
-    if encoding.codec not in (None, *_CODECS) or encoding.dtype not in (None, "float16", "float32"):
-        raise ConfigError(f"Expected codec bytes or zstd and dtype float16 or float32, found {encoding.codec} and {encoding.dtype}.")
+    if encoding.codec not in (None, *_CODECS):
+        raise ConfigError(f"Expected codec bytes or zstd, found {encoding.codec}.", "Give another --codec.")
+    if encoding.dtype not in (None, "float16", "float32"):
+        raise ConfigError(f"Expected dtype float16 or float32, found {encoding.dtype}.", "Codes such as int8 are made by: kdstore extract --encode int8.")
     for rows in (encoding.chunk_rows, encoding.shard_rows):
         if rows is not None and (rows < 1 or rows & (rows - 1)):
             raise ConfigError(f"Rows of a chunk and of a shard are powers of two, found {rows}.")

@@ -59,8 +59,9 @@ def store_stats(path: str | Path, *, max_samples: int = MAX_SAMPLES, on_progress
     """Compute the statistics of every array of floats, or of codes that stand for features, write them to `stats.json` and return them.
 
     Per array: `rows` (valid ones), `vectors` (finite ones in them), values in valid rows that are `nan`, `inf` or `at_limit` (the largest
-    finite ones of the dtype, which a clipped overflow leaves), `norm` (min, mean, max), `mean` and `variance` per channel, and for embeddings
-    and tokens `samples` and `spectrum`, the eigenvalues of the covariance of at most `max_samples` vectors, largest first.
+    finite ones of the dtype, which a clipped overflow leaves; of codes the `codec` is named instead, and all else is of the decoded
+    features), `norm` (min, mean, max), `mean` and `variance` per channel, and for embeddings and tokens `samples` and `spectrum`, the
+    eigenvalues of the covariance of at most `max_samples` vectors, largest first.
     Raises what `open_store` and `Store.gather` raise, and CannotWrite.
     """
     store = open_store(path)
@@ -85,7 +86,8 @@ def array_stats(store: Store, name: str, *, max_samples: int = MAX_SAMPLES, on_p
         done += block.rows
         on_progress(f"stats of {name}", done, spec.shape[0], "")
     on_progress(f"stats of {name}", spec.shape[0], spec.shape[0], "")
-    counts = {"rows": total.rows, "vectors": total.vectors, "nan": total.num_nan, "inf": total.num_inf, "at_limit": total.num_limit}
+    counts: dict[str, Any] = {"rows": total.rows, "vectors": total.vectors, "nan": total.num_nan, "inf": total.num_inf}
+    counts |= {"codec": str(store.codecs[name].chain)} if name in store.codecs else {"at_limit": total.num_limit}
     if not total.vectors:
         return counts
     found: dict[str, Any] = counts | {

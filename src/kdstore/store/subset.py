@@ -28,6 +28,8 @@ def subset_store(
     that the store does not hold, and what `StoreWriter` and `Store.gather` raise.
     """
     store = open_store(path)
+    if rows is None and keys is None and not arrays:
+        raise ConfigError("Nothing to leave out: no rows, keys or arrays are given.", "Give --rows, --keys or --arrays.")
     if rows is not None and keys is not None:
         raise ConfigError("Rows and keys both say which images to take.", "Give one of them.")
     images = rows_of_keys(store, keys) if keys is not None else np.arange(store.num_images)[rows or slice(None)]

@@ -283,9 +283,21 @@ def _sync_folders(root: Path, names: Iterable[str]) -> None:
 
 def _refuse_differences(path: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise IdentityMismatch with the fields that differ between what is asked for and what `path` holds."""
-    parts = ("format", "identity", "plan", "arrays")
-    if differs := differing_fields({part: found.get(part) for part in parts}, {part: asked[part] for part in parts}, ("there", "asked")):
+    there, here = ({part: content[part] for part in ("format", "identity", "plan", "arrays")} for content in (found, asked))
+    if differs := differing_fields(there, here, ("there", "asked")):
+        same_units = there["plan"]["unit_rows"] == here["plan"]["unit_rows"]  # else chunks and shards differ by that alone
+        differs = differing_fields(_in_words(there, same_units), _in_words(here, same_units), ("there", "asked")) or differs
         raise IdentityMismatch(f"{path} holds other features ({differs}).", "Choose another path with --out, or remove that folder.")
+
+
+def _in_words(said: dict[str, Any], with_chunks: bool) -> dict[str, Any]:
+    """Say of arrays what users choose instead of their metadata, which repeats it."""
+    arrays: dict[str, dict[str, Any]] = {}
+    for name, metadata in said["arrays"].items():
+        spec = ArraySpec.from_metadata(name, metadata)
+        arrays[name] = {"data_type": spec.dtype, "row": list(spec.shape[1:]), "codecs": "+".join(spec.codecs)}
+        arrays[name] |= {"chunk_rows": spec.chunk[0], "shard_rows": spec.shard[0]} if with_chunks else {}
+    return {**said, "arrays": arrays}
 
 
 def _refuse_inside_another(path: Path) -> None:
