@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,13 @@ def test_a_frozen_text_tower_trains_alike_in_pieces_and_is_averaged(config: Dist
     whole, pieces = ([values["loss"] for values in logged(tmp_path / name)] for name in ("run", "pieces"))
     np.testing.assert_allclose(pieces, whole, rtol=1e-4)
     torch.testing.assert_close(texts_of(tmp_path / "run" / AVERAGE), texts_of(tmp_path / "run"))
+
+
+def test_of_several_teachers_the_first_gives_the_text_tower(config: DistillConfig, teacher: Model, make_store: Callable[..., Path], tmp_path: Path) -> None:
+    config = dataclasses.replace(config, cache=(str(config.cache), str(make_store("float16", invalid=[1]))), loss="clip + teacher-ce", samples=8)
+    for text_tower in ("frozen", "copied"):
+        distill(dataclasses.replace(config, text_tower=text_tower, lr=0.0, out=str(tmp_path / text_tower)))
+        torch.testing.assert_close(texts_of(tmp_path / text_tower), encode_text(teacher, TEXTS))
 
 
 @pytest.mark.parametrize("text_tower", ["frozen", "copied"])
