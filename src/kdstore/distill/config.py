@@ -42,6 +42,7 @@ class DistillConfig:
     token_standard: str = "channel"  # how teachers' tokens are brought to one scale: channel (mean and variance), phi-s (docs/losses.md)
     projector: str = "auto"  # auto: where the widths differ; always: for comparisons across teachers
     views: str = "auto"  # stored: the augmented ones too, drawn again (docs/views.md); plain; auto: what the store has
+    join: str = "key"  # how stores find their images in the source; content: those of other keys by the bytes of the images, which reads them all
     changed_images: str = "refuse"  # allow: train on images whose bytes are not those that the teacher saw
     precision: str = "auto"  # fp32 on the CPU, mixed bf16 or fp16 on a GPU
     device: str = "auto"
@@ -91,6 +92,7 @@ CHOICES = {
     "token_standard": ("channel", "phi-s"),
     "projector": ("auto", "always"),
     "views": ("auto", "stored", "plain"),
+    "join": ("key", "content"),
     "changed_images": ("refuse", "allow"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }

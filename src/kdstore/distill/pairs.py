@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdstore.data.source import Source
+from kdstore.progress import OnProgress, silent
 from kdstore.store import Store, join_sources
 
 Rows = npt.NDArray[np.int64]
@@ -92,14 +93,23 @@ def pairs_of_source(source: Source, teachers: int = 1, *, both_kinds: bool = Fal
     return replace(pairs, left_out=_counts({"without a caption": ~has}) | pairs.left_out)
 
 
-def pairs_of_stores(stores: Sequence[Store], source: Source, *, both_kinds: bool = False, whole: bool = False) -> Pairs:
+def pairs_of_stores(
+    stores: Sequence[Store],
+    source: Source,
+    *,
+    both_kinds: bool = False,
+    whole: bool = False,
+    by_content: bool = False,
+    on_progress: OnProgress = silent,
+) -> Pairs:
     """The pairs that stores and source share by key, whose image and caption are valid in a store; raises JoinError for a store that shares none.
 
-    `both_kinds`: images with a synthetic caption and another one, if there are synthetic ones beside others. `whole`: what any store lacks is left out.
+    `by_content`: images of other keys too, by their bytes. `both_kinds`: images with a synthetic caption and another one, if there are synthetic ones beside
+    others. `whole`: what any store lacks is left out.
     """
     tables, reasons = [], []
     for store in stores:
-        join = join_sources(store, source)
+        join = join_sources(store, source, by_content=by_content, on_progress=on_progress)
         there, valid = join.source_row_of_store >= 0, store.image_valid
         rows = np.flatnonzero(there & valid).astype(np.int64)
         kinds = store.index("text", "kind")

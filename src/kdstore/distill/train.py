@@ -151,7 +151,11 @@ def _pairs(config: DistillConfig, stores: Sequence[Store], source: Source, num_t
     loss = parse_loss(config.loss)
     both_kinds = "synthetic captions" in parts_of(loss)
     whole = config.text_tower == "frozen" or any(term.joint for term in terms_of(loss).values())
-    pairs = pairs_of_stores(stores, source, both_kinds=both_kinds, whole=whole) if stores else pairs_of_source(source, num_teachers, both_kinds=both_kinds)
+    if stores:
+        by_content = config.join == "content"
+        pairs = pairs_of_stores(stores, source, both_kinds=both_kinds, whole=whole, by_content=by_content, on_progress=on_progress)
+    else:
+        pairs = pairs_of_source(source, num_teachers, both_kinds=both_kinds)
     if config.changed_images == "allow":
         pairs = dataclasses.replace(pairs, sha256=())
     if pairs.left_out.keys() - {INVALID}:

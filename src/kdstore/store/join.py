@@ -86,7 +86,7 @@ def join_sources(store: Store, source: Source, *, by_content: bool = False, on_p
         raise JoinError(
             f"No {'image' if by_content else 'key'} of {source.spec} ({_some(source_keys)}) is in {store.path} "
             f"({_some(store.index('image', 'key')[:4].to_pylist())}).",
-            "Name the source that the store was extracted from, or look for equal contents with: kdstore store join.",
+            "Name the source that the store was extracted from; kdstore store join looks for equal contents, --set join=content trains on them.",
         )
     return join
 

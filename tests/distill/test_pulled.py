@@ -3,9 +3,13 @@
 import shutil
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from kdstore.data.sources import open_source
+from kdstore.distill.config import DistillConfig
+from kdstore.distill.train import distill
+from kdstore.errors import JoinError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.store import join_sources, open_store, report_join
@@ -58,3 +62,10 @@ def test_a_store_joins_with_the_images_that_another_lab_still_has(tmp_path):
         for row in joined:
             assert names[join.source_row_of_store[row]][1] == row
             assert join.store_row_of_source[join.source_row_of_store[row]] == row
+
+    settings = {"cache": str(tmp_path / "pulled"), "data": str(theirs), "student": "scenes-T", "loss": "crd", "batch_size": 8, "epochs": 1, "device": "cpu"}
+    with pytest.raises(JoinError, match="not the one the store was extracted from"):
+        distill(DistillConfig(**settings, out=str(tmp_path / "refused")))
+    result = distill(DistillConfig(**settings, join="content", changed_images="allow", out=str(tmp_path / "run")))
+    assert result.pairs == IMAGES - len(gone)
+    assert result.left_out == {"not in the source": len(gone), "not in the store": 1}
