@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -162,8 +163,6 @@ def test_unic_keeps_the_worst_teacher_of_each_sample_and_counts_what_is_left_equ
 
 @pytest.mark.parametrize("name", ["crd", "teacher-ce", "reinforced", "dist", "cross-kd", "gd-true"])
 def test_a_given_temperature_is_the_scale_of_a_softmax_term(name: str) -> None:
-    import dataclasses
-
     encoded, taught = student(4), [rows(7, 4, 1)]
     fixed, own = objective(name, [dataclasses.replace(teacher(7), softmax_scale=55.0)]), objective(name, [teacher(7, scale=55.0)])
     assert value(fixed, encoded, [0, 1, 2, 3], taught) == value(own, encoded, [0, 1, 2, 3], taught)
@@ -222,6 +221,7 @@ SOFTMAX, SIGMOID = Known(), Known(bias=-10.0)
         ("siglip-ce", [SOFTMAX], {}, MissingFeature, "siglip-ce needs a teacher's logit bias"),
         ("siglip-kd", [SOFTMAX, SIGMOID], {"sigmoid_teacher": "allow"}, MissingFeature, "trained with a softmax"),
         ("crd", [SIGMOID], {"sigmoid_teacher": "split"}, ConfigError, "No teacher is left for crd"),
+        ("crd", [SOFTMAX, SIGMOID], {"sigmoid_teacher": "split"}, ConfigError, "known takes part in no term"),
         ("crd", [Known(scale=None)], {}, MissingFeature, "logit scale, which crd needs"),
         ("siglip-ce", [Known(scale=None, bias=-1.0)], {"teacher_temperature": 50.0}, MissingFeature, "logit scale, which siglip-ce needs"),
         ("fd", [SOFTMAX], {"cache_weights": (1.0, 2.0)}, ConfigError, "cache_weights has 2 numbers for 1 teachers"),
@@ -258,13 +258,18 @@ def test_families_are_split_when_asked_for_and_allowed_when_asked_for() -> None:
 
 
 def test_split_terms_hear_the_teachers_of_their_own_kind_alone() -> None:
-    import dataclasses
-
     softmax, sigmoid = dataclasses.replace(teacher(5), families=("", "softmax")), dataclasses.replace(teacher(8), families=("", "sigmoid"))
     encoded, ids, taught = student(4), [0, 1, 2, 3], [rows(5, 4, 1), rows(8, 4, 2)]
     for name, k in (("crd", 0), ("siglip-ce", 1), ("siglip-kd", 1)):
         alone = objective(name, [(teacher(5), teacher(8))[k]])
         assert value(objective(name, [softmax, sigmoid]), encoded, ids, taught) == value(alone, encoded, ids, [taught[k]])
+
+
+def test_beside_a_teacher_there_is_only_what_its_own_terms_train() -> None:
+    softmax, sigmoid = dataclasses.replace(teacher(5), families=("", "softmax")), dataclasses.replace(teacher(8), families=("", "sigmoid"))
+    made = objective("clip + cross-kd + siglip-ce + pvl", [softmax, sigmoid])
+    names = {name.removesuffix(".weight").removesuffix(".bias") for name, _ in made.named_parameters()}
+    assert names == {"heads.0.image_projector", "heads.0.text_projector", "heads.0.cross_scale", "heads.1.image_projector"}
 
 
 def test_every_teacher_has_its_own_projectors_and_the_first_those_of_a_run_of_its_own() -> None:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from kdstore.distill.features import Features
 
 DROP = 0.5  # of UNIC: chance that a teacher other than the worst matched one is left out for a sample
-ANGLES = 1 << 24  # numbers that one chunk of RKD's angles may take
+ANGLES = 1 << 22  # numbers in each tensor of one chunk of RKD's angles
 
 
 def fd(f: Features) -> Tensor:
@@ -70,7 +70,7 @@ def rkd_d(f: Features) -> Tensor:
 def rkd_a(f: Features) -> Tensor:
     """Relational angles: SmoothL1 between the cosines of the angles at j of all triples (i, j, k) of images, and of texts.
 
-    RKD, arXiv 1904.05068, published weight 2. B^3 cosines are computed, but only some 16 million are ever held. Needs embeddings.
+    RKD, arXiv 1904.05068, published weight 2. B^3 cosines are computed, in chunks of some 4 million numbers. Needs embeddings.
     """
     return _angles(f.image_BS, f.teacher_image_BD) + _angles(f.text_BS, f.teacher_text_BD)
 

@@ -52,7 +52,7 @@ class Objective(nn.Module):
         self.parts = parts_of(self.weights)
         with torch.random.fork_rng(devices=[]):  # what is drawn depends on the seed alone, not on what was drawn before
             torch.manual_seed(seed)
-            self.heads = nn.ModuleList(Head(teacher, self.parts, student_dim, token_width, projector) for teacher in teachers)
+            self.heads = nn.ModuleList(Head(t, _parts_beside(t, self.terms), student_dim, token_width, projector) for t in teachers)
 
     def forward(self, encoded: Encoded, scale: Tensor, bias: Tensor | None, told: Supervision) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum and the unweighted value of each term, of a whole global batch: a pure function of what it is given and its parameters.
@@ -164,6 +164,11 @@ def positives(caption_ids_B: Tensor) -> Tensor:
     """
     same_BB = (caption_ids_B[:, None] == caption_ids_B[None, :]).float()
     return same_BB / same_BB.sum(dim=1, keepdim=True)
+
+
+def _parts_beside(teacher: Teacher, terms: dict[str, Term]) -> frozenset[Part]:
+    """Return what is used beside a teacher: what only others' terms read would never be trained."""
+    return frozenset(part for term in terms.values() if term.needs and term.family in teacher.families for part in term.uses)
 
 
 def _student(encoded: Encoded, scale: Tensor, bias: Tensor | None, told: Supervision) -> Features:

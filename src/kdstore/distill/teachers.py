@@ -66,9 +66,13 @@ def describe_teachers(config: DistillConfig, targets: Sequence[Targets]) -> tupl
             )
         )
         _check_scale(teachers[-1], terms_of(loss), config.teacher_temperature)
-    for name, term in terms_of(loss).items():
-        if term.needs and not any(term.family in teacher.families for teacher in teachers):
+    taught = {name: term for name, term in terms_of(loss).items() if term.needs}
+    for name, term in taught.items():
+        if not any(term.family in teacher.families for teacher in teachers):
             raise ConfigError(f"No teacher is left for {name}: it makes a {term.family} of their logits.", "Leave it out of the loss.")
+    for teacher in teachers:
+        if taught and not any(term.family in teacher.families for term in taught.values()):
+            raise ConfigError(f"{teacher.name} takes part in no term of the loss '{config.loss}'.", "Leave its store out, or add a term of its kind.")
     return tuple(teachers)
 
 
@@ -81,7 +85,9 @@ def match_temperatures(config: DistillConfig, teachers: Sequence[Teacher], make:
     batches = [whole.teachers(step) for step in range(ENTROPY_BATCHES)]
     found = []
     for k, teacher in enumerate(teachers):
-        sample = [_unit_rows(batch[k]) for batch in batches]
+        sample = [(image_BD, text_BD) for image_BD, text_BD in (_unit_rows(batch[k]) for batch in batches) if len(image_BD) > 1]
+        if not sample:
+            raise ConfigError(f"{teacher.name} has too few pairs of the first {ENTROPY_BATCHES} batches to match an entropy.", "Set its scale as a number.")
         found.append(replace(teacher, softmax_scale=scale_of_entropy(sample, entropy)))
     return tuple(found)
 
