@@ -34,7 +34,8 @@ class UnknownName(ConfigError):
     def of(cls, what: str, name: str, known: Iterable[str], hint: str = "") -> UnknownName:
         """Build the error for `name`, with the nearest of the known names (all of them when few)."""
         names = sorted(set(known))
-        near = difflib.get_close_matches(name, names, n=4)
+        begun = [known for known in names if name and known.startswith(name)]
+        near = list(dict.fromkeys([*begun, *difflib.get_close_matches(name, names, n=4)]))[:4]
         if near:
             said = f"Did you mean {' or '.join(near)}?"
         elif len(names) <= 24:
