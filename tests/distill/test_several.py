@@ -89,6 +89,7 @@ def test_a_loss_of_all_teachers_at_once_leaves_out_what_one_of_them_lacks(config
     notes: list[str] = []
     both = dataclasses.replace(config, cache=(str(store), str(part)), loss="clip + crd")
     assert distill(both, on_progress=lambda stage, *said: notes.append(said[2]) if stage == "warning" else None).pairs == 40
+    assert read_json(Path(config.out or "") / "run.json")["pairs"]["lacking"] == {str(part): 10}
     assert notes == [f"{part} lacks 10 of 40 images; they are no rows of this teacher's terms"]
     whole = distill(dataclasses.replace(both, loss="reinforced", out=config.out + "-whole"))  # type: ignore[operator]
     assert (whole.pairs, whole.left_out) == (30, {"not in every store": 10})

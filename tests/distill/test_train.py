@@ -352,7 +352,7 @@ def test_run_json_says_where_the_student_comes_from(
     assert taught["weight_on_one_minus_cos"] == 4000 / 64
     assert taught["projector"] == [24, 64]
     assert taught["softmax_scale"] == taught["logit_scale"]
-    assert run["pairs"] == {"used": 40, "left_out": {}, "dropped_per_epoch": 0, "epochs": 7 / 5}
+    assert run["pairs"] == {"used": 40, "left_out": {}, "lacking": {}, "dropped_per_epoch": 0, "epochs": 7 / 5}
     assert run["result"]["samples_per_second"] > 0
     assert 0 <= run["result"]["waiting"] <= 1
     assert run["versions"]["torch"]
@@ -362,7 +362,7 @@ def test_run_json_says_where_the_student_comes_from(
     damaged = make_store(invalid=[1, 2, 3])
     distill(dataclasses.replace(config, cache=str(damaged), out=str(tmp_path / "fewer"), samples=None, epochs=1))
     fewer = read_json(tmp_path / "fewer" / "run.json")
-    assert fewer["pairs"] == {"used": 37, "left_out": {"not valid in the store": 3}, "dropped_per_epoch": 5, "epochs": 1.0}
+    assert fewer["pairs"] == {"used": 37, "left_out": {"not valid in the store": 3}, "lacking": {}, "dropped_per_epoch": 5, "epochs": 1.0}
     assert fewer["result"]["steps"] == 4
 
 

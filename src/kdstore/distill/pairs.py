@@ -64,6 +64,11 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.source_rows)
 
+    @property
+    def lacking_images(self) -> list[int]:
+        """How many of the images each of the targets lacks."""
+        return [int((rows < 0).sum()) for rows in self.target_rows]
+
     def lacking(self, k: int) -> bool:
         """Whether targets k lack an image or a text."""
         return any(bool((rows < 0).any()) for rows in (self.target_rows[k], self.texts.rows[k], *([self.synthetic.rows[k]] if self.synthetic else [])))

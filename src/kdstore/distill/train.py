@@ -160,8 +160,8 @@ def _pairs(config: DistillConfig, stores: Sequence[Store], source: Source, num_t
         pairs = dataclasses.replace(pairs, sha256=())
     if pairs.left_out.keys() - {INVALID}:
         on_progress("warning", 0, 0, f"trains on {len(pairs)} pairs; left out: {', '.join(f'{n} {reason}' for reason, n in pairs.left_out.items())}")
-    for k, store in enumerate(stores):
-        if lacking := int((pairs.target_rows[k] < 0).sum()):
+    for store, lacking in zip(stores, pairs.lacking_images, strict=False):
+        if lacking:
             on_progress("warning", 0, 0, f"{store.path} lacks {lacking} of {len(pairs)} images; they are no rows of this teacher's terms")
     if both_kinds and pairs.synthetic is None:
         on_progress("warning", 0, 0, "all captions are of one kind, so the loss takes one of them instead of a real and a synthetic one")
@@ -224,7 +224,13 @@ def _provenance(
         "config": as_dict(t.config),
         "stores": [{"path": str(store.path), "digests": store.digests, "identity": store.identity} for store in stores],
         "source": source.spec,
-        "pairs": {"used": len(pairs), "left_out": pairs.left_out, "dropped_per_epoch": plan.dropped, "epochs": t.steps / plan.steps_per_epoch},
+        "pairs": {
+            "used": len(pairs),
+            "left_out": pairs.left_out,
+            "lacking": {str(store.path): lacking for store, lacking in zip(stores, pairs.lacking_images, strict=False) if lacking},
+            "dropped_per_epoch": plan.dropped,
+            "epochs": t.steps / plan.steps_per_epoch,
+        },
         "loss": {"terms": t.objective.weights, "teachers": t.objective.account()},
         "student": {"name": model.name.name, "config": model.config, "parameters": parameter_counts(model.clip), "started_from": student.started_from},
         "ema": None if t.average is None else {"decay": t.average.decay, "student": AVERAGE},
