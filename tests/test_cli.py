@@ -16,6 +16,7 @@ import torch
 
 from kdstore import cli
 from kdstore.cli import evaluate, main
+from kdstore.cli.screen import bars
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.models.load import load_model
@@ -199,3 +200,27 @@ def test_the_package_declares_its_entry_point():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"kdstore": "kdstore.__main__:main"}
     assert {"torch", "open_clip_torch", "faiss-cpu", "zarr", "numcodecs", "dask", "typer", "datasets"} <= {d.split(">=")[0] for d in project["dependencies"]}
+
+
+def test_without_a_terminal_a_running_stage_has_its_lines_and_each_its_end(capsys):
+    with bars(every=0) as report:
+        for done in (0, 250, 1000, 1000):
+            report("images", done, 1000, "2 invalid")
+        report("warning", 0, 0, "one [bad] word")
+        report("bytes", 2000, 4000)
+        seen = capsys.readouterr().err.splitlines()
+        report("images", 0, 10)
+    assert [line.split(",")[0] for line in seen] == [
+        "images: 0/1000",
+        "images: 250/1000",
+        "images: 1000/1000",
+        "warning: one [bad] word",
+        "bytes: 2.0 kB/4.0 kB",
+    ]
+    assert seen[1].split(", ")[1].endswith("/s")
+    assert seen[1].endswith(" left, 2 invalid")
+    assert capsys.readouterr().err == "images: 0/10\n"
+    with bars(every=1e9) as report:
+        for done in range(5):
+            report("images", done, 10)
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["images: 0/10", "images: 4/10"]  # the last of what was cut short

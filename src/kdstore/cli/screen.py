@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdstore.progress import OnProgress
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def show(result: Any, as_json: bool, text: str | None = None) -> None:
@@ -61,14 +67,22 @@ def _speaks() -> bool:
 
 
 @contextlib.contextmanager
-def bars() -> Iterator[OnProgress]:
-    """Draw a bar per stage on stderr, with rate and time left; a notice is printed above them."""
+def bars(every: float = 60.0) -> Iterator[OnProgress]:
+    """Show on stderr how far each stage is, with time left: as bars in a terminal, else as lines, of a running stage about once in `every` seconds."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     _quiet_libraries()
     _keep_freed_memory()
     console = Console(stderr=True)
+    with _bars(console) if console.is_terminal else _lines(console, every) as on_progress:
+        yield on_progress
+
+
+@contextlib.contextmanager
+def _bars(console: Console) -> Iterator[OnProgress]:
+    """Draw a bar per stage; a notice is printed above them."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
     name, amount, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[amount]}", "{task.fields[note]}"))
     columns = (name, BarColumn(24), amount, TimeRemainingColumn(), note)
     tasks: dict[str, TaskID] = {}
@@ -76,10 +90,10 @@ def bars() -> Iterator[OnProgress]:
 
     def on_progress(stage: str, done: int, total: int, note: str = "") -> None:
         if stage in ("warning", "notice"):
-            console.print(f"{stage}: {note}", style="yellow" if stage == "warning" else None, markup=False, highlight=False, soft_wrap=True)
+            _print_notice(console, stage, note)
             return
         bars.start()  # at the first report, so that an error before it is one line alone
-        amount = f"{in_bytes(done)}/{in_bytes(total)}" if stage == "bytes" else f"{done}/{total}"
+        amount = f"{_amount(stage, done)}/{_amount(stage, total)}"
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total, note=note, amount=amount)
         bars.update(tasks[stage], completed=done, total=total, note=note, amount=amount)
@@ -89,6 +103,61 @@ def bars() -> Iterator[OnProgress]:
     finally:
         if tasks:
             bars.stop()
+
+
+@contextlib.contextmanager
+def _lines(console: Console, every: float) -> Iterator[OnProgress]:
+    """Print a line when a stage ends, and until then about once in `every` seconds; what was not told of a stage that never ended comes last."""
+    begun: dict[str, tuple[float, int]] = {}  # when each stage was first reported, and how much of it was done by then
+    untold: dict[str, str] = {}
+    ended: set[str] = set()
+    told = -math.inf
+
+    def tell(stage: str) -> None:
+        nonlocal told
+        console.print(untold.pop(stage), markup=False, highlight=False, soft_wrap=True)
+        told = time.monotonic()
+
+    def on_progress(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage in ("warning", "notice"):
+            _print_notice(console, stage, note)
+            return
+        now = time.monotonic()
+        if done < total and stage in ended:  # it begins again
+            ended.discard(stage)
+            begun.pop(stage)
+        since, before = begun.setdefault(stage, (now, done))
+        if stage in ended:
+            return
+        untold[stage] = _line(stage, done, total, (done - before) / (now - since) if now > since else 0.0, note)
+        if done >= total:
+            ended.add(stage)
+        if done >= total or now - told >= every:
+            tell(stage)
+
+    try:
+        yield on_progress
+    finally:
+        for stage in list(untold):
+            tell(stage)
+
+
+def _line(stage: str, done: int, total: int, rate: float, note: str) -> str:
+    """Write how far a stage is, at `rate` per second so far; `note` comes last."""
+    parts = [f"{_amount(stage, done)}/{_amount(stage, total)}"]
+    if rate:
+        parts.append(f"{_amount(stage, round(rate)) if rate >= 100 else f'{rate:.3g}'}/s")
+        if done < total:
+            parts.append(f"{datetime.timedelta(seconds=round((total - done) / rate))} left")
+    return f"{stage}: {', '.join([*parts, note] if note else parts)}"
+
+
+def _amount(stage: str, count: int) -> str:
+    return in_bytes(count) if stage == "bytes" else str(count)
+
+
+def _print_notice(console: Console, stage: str, note: str) -> None:
+    console.print(f"{stage}: {note}", style="yellow" if stage == "warning" else None, markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet_libraries() -> None:
