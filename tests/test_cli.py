@@ -76,6 +76,16 @@ WRONG = {
     "no such command": (["list", "teacher"], "kdstore list --help"),
     "no command": (["store"], "kdstore store --help"),
     "no teacher": (["extract", "--recipe", "units.toml"], "--teacher is needed"),
+    "negative views": (["extract", "--teacher", "scenes-T", "--views", "-1"], "views must not be negative"),
+    "no list of keys": (
+        ["extract", "--teacher", "scenes-T", "--parent", "STORE", "--tokens", "image", "--keys", "none", "--out", "new"],
+        "keys in none: No such file",
+    ),
+    "a place that is taken": (["extract", "--teacher", "scenes-T", "--data", "nowhere", "--out", "unfinished/.."], "neither empty nor a store"),
+    "a place below a file": (["extract", "--teacher", "scenes-T", "--data", "nowhere", "--out", "rows.csv/s"], "Not a directory"),
+    "a table that is empty": (["extract", "--teacher", "scenes-T", "--set", "untrained_seed=0", "--data", "empty.csv"], "Empty CSV file. Check"),
+    "report over a folder": (["store", "join", "STORE", "scenes/val:64", "--out", "unfinished"], "there already"),
+    "a lock where no store is": (["store", "unlock", "."], "There is no store"),
     "unknown teacher": (["extract", "--teacher", "ViT-bigG-15"], "ViT-bigG-14"),
     "unknown tag": (["extract", "--teacher", "ViT-B-32:laion2b_s34b"], "laion2b_s34b_b79k"),
     "other activation": (["extract", "--teacher", "ViT-H-14:dfn5b"], "ViT-H-14-quickgelu:dfn5b"),
@@ -106,6 +116,7 @@ WRONG = {
 def test_wrong_input_is_one_line_with_a_hint_and_leaves_nothing(case, store, tmp_path, here):
     args, said = WRONG[case]
     (tmp_path / "rows.csv").write_text("path,title\na.png,x\n")
+    (tmp_path / "empty.csv").touch()
     (tmp_path / "table.toml").write_text("[distil]\nloss = 'clip'\n")
     (tmp_path / "units.toml").write_text("[extract]\nunit_rows = 64\n")
     (tmp_path / "key.toml").write_text("[distill]\nbatchsize = 3\n")
@@ -157,6 +168,7 @@ def test_results_are_json_on_stdout_and_progress_goes_to_stderr(store, here):
     assert json.loads(done.stdout)["images"] == 64
     again = here("extract", "--teacher", "scenes-T", "--set", "untrained_seed=0", "--data", "scenes/val:64", "--out", store, "--json")
     assert json.loads(again.stdout)["written_images"] == 0
+    assert "is complete already" in again.stderr
     assert "scenes-T" in again.stderr
 
 

@@ -25,7 +25,7 @@ def read_recipe(path: Path | str | None, sections: set[str]) -> dict[str, dict[s
     try:
         recipe = tomllib.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
-        raise ConfigError(f"Cannot read the recipe {path}: {e}.", "Give the path of a TOML file.") from e
+        raise ConfigError(f"Cannot read the recipe {path}: {getattr(e, 'strerror', e)}.", "Give the path of a TOML file.") from e
     for name, table in recipe.items():
         if name not in sections:
             raise UnknownName.of(f"table in {path}", name, sections)

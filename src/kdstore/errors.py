@@ -20,7 +20,12 @@ class KdstoreError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}".strip()
+        return f"{sentence(self.message)} {self.hint}".strip()
+
+
+def sentence(text: str) -> str:
+    """End a text with a full stop unless it ends with one: a message may be a library's."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 class ConfigError(KdstoreError, ValueError):

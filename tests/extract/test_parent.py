@@ -170,8 +170,11 @@ def test_text_tokens_need_no_image(tmp_path):
     extract(config(tmp_path / "parent", data=str(photos)))
     for k in range(6):
         (photos / f"{k}.png").write_bytes(b"changed")
-    made = child(tmp_path, tmp_path / "child", tokens="text")
+    stages = []
+    made = child(tmp_path, tmp_path / "child", tokens="text", on_progress=lambda stage, *_: stages.append(stage))
     assert (made.written_images, made.written_texts) == (0, 6)
+    assert made.rates.bottleneck != "reading"
+    assert "images" not in stages
     family, parent = open_family(tmp_path / "parent", tmp_path / "child"), open_store(tmp_path / "parent")
     assert family.features("text/tokens", [5]).shape[0] == 1
     assert open_store(tmp_path / "child").index("image", "sha256") == parent.index("image", "sha256")
@@ -232,7 +235,7 @@ def test_views_are_added_to_rows_of_a_store(stores, tmp_path):
     extract(config(tmp_path / "whole", views=2))
     whole = open_store(tmp_path / "whole")
     rows = [2, 5, 30]
-    child(stores, tmp_path / "all", tokens="none", views=2)
+    assert child(stores, tmp_path / "all", tokens="none", views=2).written_texts == 0
     child(stores, tmp_path / "some", tokens="image", views=2, keys=write_keys(tmp_path / "keys", whole.keys()[rows]))
     for path in ("all", "some"):
         family = open_family(stores / "parent", tmp_path / path)

@@ -18,7 +18,7 @@ from kdstore.cli.lists import list_app
 from kdstore.cli.options import Data, Device, Json, Recipe, Seed, Settings, config_of
 from kdstore.cli.screen import bars, say, show
 from kdstore.cli.store import store_app
-from kdstore.errors import Interrupted, KdstoreError
+from kdstore.errors import Interrupted, KdstoreError, sentence
 
 app = typer.Typer(
     add_completion=False,
@@ -45,7 +45,7 @@ def main() -> None:
         say(f"error: {e}")
         sys.exit(1)
     except UsageError as e:
-        say(f"error: {e.format_message()} See {e.ctx.command_path if e.ctx else 'kdstore'} --help.")
+        say(f"error: {sentence(e.format_message())} See {e.ctx.command_path if e.ctx else 'kdstore'} --help.")
         sys.exit(2 if e.ctx and e.ctx.command_path == "kdstore store verify" else 1)  # 1 says there that a store is damaged
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,7 +89,7 @@ def extract(
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     compile: Annotated[bool | None, typer.Option("--compile", help="Compile the towers with torch.compile.")] = None,
     channels_last: Annotated[bool | None, typer.Option("--channels-last", help="Lay images out channels last, as convolutions on GPUs like it.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes on this machine, one for a GPU or a few cores.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on this machine, one for a GPU or a few cores; 0: none but this one.")] = None,
     scheduler: Annotated[str | None, typer.Option(metavar="TCP://HOST:PORT", help="The scheduler of a dask cluster whose workers do the work.")] = None,
     part: Annotated[str | None, typer.Option(metavar="I/N", help="For job arrays: only the I-th of N parts; then 'kdstore store finalise'.")] = None,
     unit_rows: Annotated[int | None, typer.Option(help="Rows that are written, and resumed, at once.")] = None,

@@ -220,7 +220,7 @@ def store_join(
     path: Path,
     source: Annotated[str, typer.Argument(help="What --data takes.")],
     content: Annotated[bool, typer.Option("--content/--keys-only", help="Read all images and compare their bytes, or look at keys alone.")] = True,
-    out: Annotated[Path | None, typer.Option(help="A parquet file for the rows that match.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new parquet file for the rows that match.")] = None,
     as_json: Json = False,
 ) -> None:
     """Tell how a store and a source go together: images that match, that one lacks, and whose bytes differ."""

@@ -49,7 +49,7 @@ def extract_on_cluster(job: Job, writer: StoreWriter, units: Sequence[Unit], on_
                 writer.commit(Path(folder), record)
                 on_unit(unit, done)
             else:
-                failed[unit.name] = str(future.exception())
+                failed[unit.name] = str(future.exception()).rstrip(".")
             future.release()
     return failed
 

@@ -77,7 +77,9 @@ class ExtractConfig:
         if self.unit_rows & (self.unit_rows - 1):
             near = 1 << self.unit_rows.bit_length() - 1
             raise ConfigError(f"unit_rows must be a power of two, so that units end with shards; found {self.unit_rows}.", f"Take {near} or {2 * near}.")
-        if not 0 <= self.views < MOST_CHUNKS // max(1, self.unit_rows // CHUNK_ROWS):
+        if self.views < 0:
+            raise ConfigError(f"views must not be negative, found {self.views}.", "Give --views K, or leave it out.")
+        if not self.views < MOST_CHUNKS // max(1, self.unit_rows // CHUNK_ROWS):
             raise ConfigError(f"A unit of {self.unit_rows} rows cannot hold {self.views} augmented views.", "Take fewer of either.")
         if self.views:
             from kdstore.data.views import Augmentation  # needs NumPy and Pillow, which few recipes that are only read do

@@ -22,7 +22,7 @@ from kdstore.models.load import load_model
 from kdstore.models.memory import Fitting
 from kdstore.models.names import resolve
 from kdstore.progress import OnProgress, silent
-from kdstore.store import ArraySpec, Begun, Codec, Plan, StoreWriter, child_identity, codec_files, open_store, plan_child, read_keys
+from kdstore.store import ArraySpec, Begun, Codec, Plan, StoreWriter, check_place, child_identity, codec_files, open_store, plan_child, read_keys
 
 LONG_RUN = 512  # images from which a look at the teacher is worth its time
 
@@ -70,7 +70,9 @@ def prepare(
     `begun` is what the store's build folder says, for those who join a run: the plan is taken from it and its identity must be what is worked out here. Without
     `fit` no codec is fitted and no space asked for: good for a look only. Raises ModelError, SourceError, JoinError, ConfigError, IdentityMismatch, DiskFull.
     """
+    check_place(store_path(config))  # what can be wrong without a look at data or teacher comes before either
     parent = open_store(config.parent) if config.parent else None
+    planned = plan_child(parent, read_keys(config.keys) if config.keys else None, config.unit_rows) if parent else None
     source = source or open_source(config.data or (parent.recorded_source if parent else "scenes"), on_progress=on_progress)
     seed = config.untrained_seed
     name = resolve(config.teacher, config.pretrained, untrained=seed is not None)
@@ -81,12 +83,12 @@ def prepare(
     model = load_model(config.teacher, config.pretrained, untrained=seed is not None, seed=seed or 0, **options)
     on_progress("load", 1, 1, config.teacher)
     on_progress("plan", 0, len(source), source.spec)
-    if parent is not None:
+    if parent is not None and planned is not None:
         child_identity(parent, {**model.identity, "decoding": DECODING})  # before anything is computed
         wider = {"image/embedding"} if config.views and "image/view" not in parent.arrays else set()
         if held := sorted(feature_shapes(config, model).keys() & parent.arrays.keys() - wider):
             raise ConfigError(f"{parent.path} holds {' and '.join(held)} already.", "Ask for other --tokens, or make a store without --parent.")
-        rows, plan = plan_child(parent, read_keys(config.keys) if config.keys else None, config.unit_rows)
+        rows, plan = planned
         source = of_parent = RowsOfStore(parent, rows, plan, source)
         if config.reads_images:
             of_parent.find()

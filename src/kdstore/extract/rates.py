@@ -18,7 +18,7 @@ _PEAK_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Rates:
-    """Images per second of each stage had it run alone, in one process, and the stage that held the run back.
+    """Images per second of each stage had it run alone, in one process (0 without images), and the stage that held the run back, of texts too.
 
     `reading` is that of all decoding threads together. `share_of_peak`: the image tower's floating point operations per second of the model's time, over those
     of a large matrix product on the same device in the same precision; None where nothing was computed.
@@ -42,10 +42,11 @@ def rates_of(config: ExtractConfig, model: Model, images: Tally, texts: Tally, s
         tokens += images.images * image_token_form(model, config.token_layer).shape[0]
     if config.tokens in ("text", "both"):
         tokens += texts.texts * text_token_form(model, config.token_layer).shape[0]
+    taken = {"reading": decoding, "model": images.model + texts.model, "writing": images.writing + texts.writing}
     share = None
     if images.images > images.invalid and images.model:
         share = round(image_flops(model) * (images.images - images.invalid) / images.model / peak_flops(model), 4)
-    return Rates(**rates, bottleneck=max(stages, key=lambda name: stages[name]), tokens_per_second=round(tokens / seconds, 1), share_of_peak=share)
+    return Rates(**rates, bottleneck=max(taken, key=lambda name: taken[name]), tokens_per_second=round(tokens / seconds, 1), share_of_peak=share)
 
 
 def image_flops(model: Model) -> int:

@@ -78,10 +78,11 @@ class _Run:
     def add(self, unit: Unit, done: Tally) -> None:
         """Count what was done of a unit, and show it; raises SourceError when too many images cannot be decoded."""
         total = self.done[unit.side] = self.done[unit.side] + done
-        if unit.side == "text":
-            self.on_progress("texts", total.texts, self._totals["text"], "")
-        else:
+        if unit.side == "image":
             self._guard.add(done)
+        if total.texts:
+            self.on_progress("texts", total.texts, self._totals["text"], "")
+        elif total.images:  # none where the parent has all that is stored of them
             rate = total.images / (time.perf_counter() - self.started)
             note = f"{rate:.0f} images/s" + (f", {self.invalid} invalid" if self.invalid else "")
             self.on_progress("images", total.images, self._totals["image"], note)
@@ -161,6 +162,8 @@ def _extract_all(run: _Run) -> ExtractResult:
     with job.open_writer(run.on_progress) as writer:
         record_staged(writer, run.on_progress)
         pending = list(writer.pending())
+        if writer.complete:
+            run.say(f"{job.out} is complete already.")
         check = check_teacher(job.extractor, job.source, job.config.batch) if pending and job.worth_a_check else None
         if check is not None and check["warning"]:
             run.say(check["warning"], "warning")

@@ -178,7 +178,7 @@ class Extractor:
                 features |= {"text/tokens": hidden_BLW.cpu().numpy(), "text/length": length_B.cpu().numpy()}
             valid = np.ones(len(texts), bool)
             yield (
-                Tally(texts=len(texts), model=time.perf_counter() - started),
+                Tally(texts=len(texts) if features else 0, model=time.perf_counter() - started),
                 lambda features=features, valid=valid: self._append(attempt, "text/", features, valid),  # type: ignore[misc]
             )
             started = time.perf_counter()

@@ -25,7 +25,7 @@ from kdstore.store.stats import read_stats, sampled_covariance, store_stats
 from kdstore.store.subset import subset_store
 from kdstore.store.verify import Damage, VerifyReport, verify_store
 from kdstore.store.views import StoredViews, stored_views
-from kdstore.store.writer import Begun, StoreWriter, read_begun
+from kdstore.store.writer import Begun, StoreWriter, check_place, read_begun
 
 __all__ = [
     "ArrayDifference",
@@ -53,6 +53,7 @@ __all__ = [
     "StoredViews",
     "Unit",
     "VerifyReport",
+    "check_place",
     "child_identity",
     "codec_files",
     "codec_identity",

@@ -69,7 +69,7 @@ def read_keys(path: str | Path) -> list[str]:
     try:
         return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"Cannot read the keys in {path}: {e}.", "Name a text file with a key per line.") from e
+        raise ConfigError(f"Cannot read the keys in {path}: {getattr(e, 'strerror', e)}.", "Name a text file with a key per line.") from e
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdstore.data.source import Source, UndecodableImage
-from kdstore.errors import JoinError
+from kdstore.errors import CannotWrite, ConfigError, JoinError
 from kdstore.jsonfile import write_bytes
 from kdstore.progress import OnProgress, silent
 from kdstore.store.blocks import Int64, in_order
@@ -95,9 +96,13 @@ def report_join(store: Store, source: Source, *, content: bool = True, out: str 
     """Compare a store with a source by key and, unless `content` is False, by the sha256 of every encoded image, which reads them all.
 
     `out` names a parquet file to write, and nothing else is written: `store_row`, `source_row`, `by` (key or content) and `content_differs`
-    (null if not known) of every match, in the order of the store. Raises JoinError for a key of the source that comes twice, and what the
-    source raises.
+    (null if not known) of every match, in the order of the store. Raises JoinError for a key of the source that comes twice, ConfigError for
+    an `out` that is there already, CannotWrite, and what the source raises.
     """
+    if out is not None and os.path.lexists(out):
+        raise ConfigError(f"{out} is there already.", "Name a new file with --out.")
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise CannotWrite(f"Cannot write {out}: there is no such folder.", "Make it, or choose another path.")
     join = _join_by_key(store, source)
     keys = store.index("image", "key")
     by_key, source_rows = join.source_row_of_store >= 0, join.source_row_of_store

@@ -27,7 +27,7 @@ from pathlib import Path
 from kdstore.errors import DamagedStore, KdstoreError, StoreLocked, StoreNotFound
 from kdstore.jsonfile import disk_errors, encode_json, parse_json
 from kdstore.progress import OnProgress, silent
-from kdstore.store.layout import BUILD
+from kdstore.store.layout import BUILD, MANIFEST
 
 LOCK = "lock.json"
 BEAT_SECONDS = 5.0
@@ -116,7 +116,7 @@ def unlock_store(store: str | Path, *, force: bool = False) -> Holder | None:
     Raises StoreLocked if the holder lives, StoreNotFound, CannotWrite.
     """
     path = Path(store) / BUILD / LOCK
-    if not Path(store).is_dir():
+    if not (Path(store) / BUILD).is_dir() and not (Path(store) / MANIFEST).is_file():
         raise StoreNotFound(f"There is no store at {store}.", "Check the path.")
     with disk_errors(path):
         found = read_holder(path)

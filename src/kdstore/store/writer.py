@@ -8,6 +8,7 @@ last: an unfinished store opens neither with us nor with a Zarr reader, so unwri
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -97,11 +98,9 @@ class StoreWriter:
             "arrays": {name: spec.to_metadata() for name, spec in specs.items()},
         }
         asked = json.loads(canonical_json(said))  # sorted: the manifest's bytes must not depend on the order of a caller's dict
-        _refuse_inside_another(path)
+        check_place(path)
         with disk_errors(path):
             created, lock = not path.exists(), None
-            if not created and not (path / BUILD).is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
-                raise StoreError(f"{path} is neither empty nor a store.", "Choose another path.")
             while lock is None and not (path / MANIFEST).is_file():
                 make_folders(path / BUILD)
                 with contextlib.suppress(FileNotFoundError):  # its committer sealed the store, or gave up, and removed the folder just now
@@ -300,10 +299,21 @@ def _in_words(said: dict[str, Any], with_chunks: bool) -> dict[str, Any]:
     return {**said, "arrays": arrays}
 
 
-def _refuse_inside_another(path: Path) -> None:
+def check_place(path: Path) -> None:
+    """Refuse a path where no store can be written; raises StoreError for what holds something else or lies in a store, CannotWrite."""
     for folder in path.absolute().parents:
         if (folder / BUILD / BUILD_JSON).is_file() or ((folder / MANIFEST).is_file() and (folder / GROUP).is_file()):
             raise StoreError(f"{path} lies in the store {folder}.", "Choose a folder beside it.")
+    with disk_errors(path):
+        if (path / MANIFEST).is_file():
+            return  # to be read only
+        if path.exists() and not (path / BUILD).is_dir() and any(path.iterdir()):
+            raise StoreError(f"{path} is neither empty nor a store.", "Choose another path.")
+        above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+        if not os.access(above, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
 
 
 def _sweep(path: Path) -> None:
