@@ -386,7 +386,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(DiskFull, match=r"log\.jsonl"):
-            log.write({"step": 1, **dict.fromkeys(map(str, range(20)), 0.5)})
+            log.write("log.jsonl", {"step": 1, **dict.fromkeys(map(str, range(20)), 0.5)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     log.close()

@@ -128,7 +128,8 @@ def distill(
     loss: Annotated[str | None, typer.Option(help="See 'kdstore list losses'; sums like 'clip + 1*crd' too.")] = None,
     out: Annotated[str | None, typer.Option(help="The run folder.")] = None,
     samples: Annotated[int | None, typer.Option(help="Image-caption pairs to see in all.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs in a batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs in a batch, of all processes together.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Pairs that are encoded at once, where a batch does not fit (docs/training.md).")] = None,
     seed: Seed = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="Go on with an unfinished run.")] = None,
     device: Device = None,
@@ -140,7 +141,7 @@ def distill(
     from kdstore.distill.config import DistillConfig
 
     options = {"cache": cache, "data": data, "student": student, "loss": loss, "out": out, "samples": samples, "batch_size": batch_size}
-    options |= {"init": init, "text_tower": text_tower}
+    options |= {"init": init, "text_tower": text_tower, "micro_batch": micro_batch}
     config = config_of(DistillConfig, "distill", recipe, settings, {**options, "seed": seed, "resume": resume, "device": device})
     from kdstore.distill import train
 

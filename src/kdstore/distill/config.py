@@ -50,6 +50,9 @@ class DistillConfig:
     compile: bool = False  # with torch.compile
     threads: int = 2  # that read and decode ahead
     memory_gib: float = 2.0  # for views and tokens kept for later epochs, of each process
+    validate_data: str | None = None  # a source of pairs that are not trained on (docs/training.md)
+    validate_cache: str | None = None  # a store of the teacher over such pairs: its agreement with the student is measured too
+    validate_every: int = 1000  # steps
     log_every: int = 10  # steps
     save_every: int = 1000  # steps
 
@@ -98,7 +101,7 @@ CHOICES = {
 }
 
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("epochs", "batch_size", "micro_batch", "max_skipped", "threads", "log_every", "save_every"), (1, 2**40)),
+    **dict.fromkeys(("epochs", "batch_size", "micro_batch", "max_skipped", "validate_every", "threads", "log_every", "save_every"), (1, 2**40)),
     **dict.fromkeys(("lr", "weight_decay", "grad_clip", "memory_gib"), (0, 1e9)),
     **dict.fromkeys(("beta1", "beta2", "warmup", "ema"), (0, 1)),
     **dict.fromkeys(("eps", "cache_weights", "teacher_temperature"), (1e-30, 1e9)),
@@ -107,6 +110,6 @@ RANGES: dict[str, tuple[float, float]] = {
 
 MACHINE = (
     *("cache", "data", "teacher_weights", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every"),
-    *("micro_batch", "grad_checkpointing", "compile", "max_skipped"),
+    *("micro_batch", "grad_checkpointing", "compile", "max_skipped", "validate_data", "validate_cache", "validate_every"),
 )
 """Left out of what decides a result (to rounding); the store enters by its digest and the source by its fingerprint, not by their paths."""

@@ -42,6 +42,8 @@ class World:
 
     def gather(self, part: Tensor) -> list[Tensor]:
         """Return the tensors of all processes, of one shape and type, in order of rank; no gradient goes through."""
+        if self.size == 1:
+            return [part]
         parts = [torch.empty_like(part) for _ in range(self.size)]
         with _talk():
             dist.all_gather(parts, part.contiguous())

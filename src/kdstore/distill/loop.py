@@ -29,7 +29,7 @@ from kdstore.distill.encoded import Encoded, map_rows
 from kdstore.distill.gradients import whole_batch_gradients
 from kdstore.distill.objective import Objective
 from kdstore.distill.optimiser import MAX_LOG_SCALE, learning_rate, make_optimiser
-from kdstore.distill.runfolder import Log, checkpoint_bytes, save_checkpoint
+from kdstore.distill.runfolder import LOG, VALIDATION, Log, checkpoint_bytes, save_checkpoint
 from kdstore.distill.stopping import held_signals
 from kdstore.errors import Interrupted, KdstoreError, RunError
 from kdstore.models import towers
@@ -58,6 +58,7 @@ class Training:
     skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # of these, the latest without a good one between
     latest: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)  # the latest scores
 
     def __post_init__(self) -> None:
         c = self.config
@@ -153,6 +154,7 @@ class Training:
             "average": None if self.average is None else self.average.student.state_dict(),
             "clock": {name: getattr(self, name) for name in CLOCK},
             "latest": self.latest,
+            "validation": self.validation,
             "settings": settings_digest,
         }
         return checkpoint_bytes(state)
@@ -167,7 +169,7 @@ class Training:
             self.average.student.load_state_dict(state["average"])
         for name in CLOCK:
             setattr(self, name, state["clock"][name])
-        self.latest = state["latest"]
+        self.latest, self.validation = state["latest"], state["validation"]
 
 
 CLOCK = ("step", "seconds", "waited", "skipped", "in_a_row")
@@ -179,10 +181,11 @@ def train(
     path: Path,
     settings_digest: str,
     on_progress: OnProgress,
+    validate: Callable[[Training], dict[str, float]] | None = None,
 ) -> None:
     """Take all remaining steps, logging and saving into the run folder; `make` makes this process's share of a batch.
 
-    Raises RunError where too many steps in a row are not finite, what `make` raises on any process, and for a signal, once saved, Interrupted.
+    Raises RunError where too many steps in a row are not finite, what `make` and `validate` raise on any process, and for a signal, once saved, Interrupted.
     """
     t, config, world = training, training.config, training.share.world
     pending: list[tuple[int, float, Tensor]] = []
@@ -197,7 +200,7 @@ def train(
                 t.count(step, values)
                 if step % config.log_every == 0 or step == t.steps:
                     t.latest = {name: value for name, value in values.items() if math.isfinite(value)}
-                    log.write({"step": step, "samples": step * config.batch_size, **t.latest, "lr": rate, "skipped": t.skipped})
+                    log.write(LOG, {"step": step, "samples": step * config.batch_size, **t.latest, "lr": rate, "skipped": t.skipped})
         pending.clear()
 
     def save() -> None:
@@ -231,6 +234,10 @@ def train(
             pending.append((t.step + 1, rate, t.take(batch)))
             if t.step % config.log_every == 0 or t.step == t.steps:
                 settle()
+            if validate is not None and (t.step % config.validate_every == 0 or t.step == t.steps):
+                t.validation = validate(t)
+                with world.together():
+                    log.write(VALIDATION, {"step": t.step, **t.validation})
             t.seconds = seconds + time.perf_counter() - began
             recent.append((t.seconds, t.waited))
             on_progress("distill", t.step, t.steps, _note(t, recent))

@@ -2,7 +2,7 @@
 
 - `config.json`: the settings that decide the result, written first
 - `checkpoint.pt`: everything that a run needs to go on as if never stopped
-- `log.jsonl` and `tensorboard/`: the same numbers twice
+- `log.jsonl`, and `validation.jsonl` where there is validation: the numbers of both are in `tensorboard/` too
 - `open_clip_config.json`, `open_clip_model.safetensors`: the student, as open_clip's `local-dir:` reads it
 - `ema/`: the average of the student's weights as another student, if asked for
 - `run.json`: provenance, written last, so that a folder with it holds a finished run
@@ -27,7 +27,7 @@ from kdstore.errors import RunError
 from kdstore.jsonfile import digest_of, disk_error, read_json, write_bytes, write_json
 
 CONFIG, CHECKPOINT, RUN, AVERAGE = "config.json", "checkpoint.pt", "run.json", "ema"
-LOG, TENSORBOARD = "log.jsonl", "tensorboard"
+LOG, VALIDATION, TENSORBOARD = "log.jsonl", "validation.jsonl", "tensorboard"
 
 
 def run_state(path: Path, settings: dict[str, Any], *, resume: bool) -> Literal["new", "unfinished", "finished"]:
@@ -111,35 +111,37 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int, *, writes: bool = True) -> None:
-        self._path = path / LOG
+        self._path = path
         self._board: SummaryWriter | None = None
         if not writes:
             return
-        lines = self._path.read_bytes().splitlines(keepends=True) if step and self._path.is_file() else []
-        write_bytes(self._path, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
-        with self._mapped_errors():
+        for file in (path / LOG, path / VALIDATION):
+            if file.is_file():
+                lines = file.read_bytes().splitlines(keepends=True) if step else []
+                write_bytes(file, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
+        with self._mapped_errors(path / TENSORBOARD):
             self._board = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
             self._board.flush()
 
-    def write(self, values: dict[str, float]) -> None:
-        """Append the numbers of `values["step"]`; raises DiskFull."""
+    def write(self, name: str, values: dict[str, float]) -> None:
+        """Append the numbers of `values["step"]` to the file of this name; raises DiskFull."""
         if self._board is None:
             return
-        with self._mapped_errors():
-            with open(self._path, "a") as lines:
+        with self._mapped_errors(self._path / name):
+            with open(self._path / name, "a") as lines:
                 lines.write(json.dumps(values) + "\n")
-            for name, value in values.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(values["step"]))
+            for number, value in values.items():
+                if number != "step":
+                    self._board.add_scalar(number, value, int(values["step"]))
 
     def close(self) -> None:
-        with self._mapped_errors():
+        with self._mapped_errors(self._path / TENSORBOARD):
             if self._board is not None:
                 self._board.close()
 
     @contextmanager
-    def _mapped_errors(self) -> Iterator[None]:
+    def _mapped_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as e:
-            raise disk_error(e, self._path) from e
+            raise disk_error(e, path) from e

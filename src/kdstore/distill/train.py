@@ -35,6 +35,7 @@ from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_stor
 from kdstore.distill.runfolder import AVERAGE, RUN, begin_run, export_student, load_checkpoint, read_checkpoint, run_state
 from kdstore.distill.targets import StoreTargets, Targets, open_stores, views_to_show
 from kdstore.distill.teachers import check_loss, describe_teachers, match_temperatures
+from kdstore.distill.validation import make_validation
 from kdstore.distill.views import Kept, split_preprocess
 from kdstore.errors import ConfigError, RunError
 from kdstore.jsonfile import digest_of, read_json, write_json
@@ -113,12 +114,13 @@ def _distill(
             make = Maker(plan, pairs, source, taught, needs, keep, tokenizer, kept, stored, pin=device.type == "cuda")
             teachers = match_temperatures(config, teachers, make)
             training = _start(config, model, teachers, plan, share, finish, DTYPES[settings["precision"]])
+            validate = make_validation(config, stores, source, pairs, keep, tokenizer, on_progress)
             if state == "new" and world.first:
                 begin_run(path, settings)
         if state == "unfinished" or world.size > 1:  # every process starts from the first one's weights, to the bit
             content = world.from_first(lambda: read_checkpoint(path) if state == "unfinished" else training.checkpoint(digest_of(settings)))
             training.restore(load_checkpoint(content, path, settings, device))
-        train(training, make, path, digest_of(settings), on_progress)
+        train(training, make, path, digest_of(settings), on_progress, validate)
         with world.together():
             result = _result(path, pairs, training)
             if world.first:
@@ -234,6 +236,7 @@ def _provenance(
         "loss": {"terms": t.objective.weights, "teachers": t.objective.account()},
         "student": {"name": model.name.name, "config": model.config, "parameters": parameter_counts(model.clip), "started_from": student.started_from},
         "ema": None if t.average is None else {"decay": t.average.decay, "student": AVERAGE},
+        "validation": t.validation,
         "result": {name: value for name, value in as_dict(result).items() if name not in ("path", "pairs", "left_out", "already_done")},
         "machine": {
             "device": str(t.device),
