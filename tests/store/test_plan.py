@@ -6,14 +6,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdstore.data.mapped import repeats
 from kdstore.data.source import Caption
 from kdstore.errors import ConfigError, DamagedStore, SourceError
-from kdstore.store import Plan, fingerprint_of, repeats
+from kdstore.store import Plan, fingerprint_of
 
 ROWS = [("a", (Caption("one"), Caption("two", "synthetic"))), ("b", ()), ("c", (Caption("one"),))]
 
@@ -47,8 +47,8 @@ def test_units_cover_every_row_of_both_sides_once(rows: list[tuple[str, tuple[Ca
 def test_a_saved_plan_loads_as_it_was(rows: list[tuple[str, tuple[Caption, ...]]]) -> None:
     plan = Plan.freeze(rows, unit_rows=4)
     with tempfile.TemporaryDirectory() as folder:
-        plan.save(Path(folder) / "plan.arrow")
-        loaded = Plan.load(Path(folder) / "plan.arrow", plan.fingerprint, 4)
+        sha256 = plan.save(Path(folder) / "plan.arrow")
+        loaded = Plan.load(Path(folder) / "plan.arrow", plan.fingerprint, 4, sha256)
     assert loaded.summary() == plan.summary()
     assert loaded.keys.equals(plan.keys)
     assert loaded.captions.equals(plan.captions)
@@ -57,34 +57,16 @@ def test_a_saved_plan_loads_as_it_was(rows: list[tuple[str, tuple[Caption, ...]]
     assert plan.fingerprint == fingerprint_of(rows)
 
 
-def test_a_changed_plan_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["flipped", "cut", "emptied", "gone"])
+def test_a_changed_plan_file_is_refused(change: str, tmp_path: Path) -> None:
     path, plan = tmp_path / "plan.arrow", Plan.freeze(ROWS)
-    plan.save(path)
-    table = pa.ipc.open_file(path.read_bytes()).read_all()
-    with pa.ipc.new_file(path, table.schema) as writer:
-        writer.write_table(table.take([1, 0, 2]))
-    with pytest.raises(DamagedStore, match="does not match its fingerprint"):
-        Plan.load(path, plan.fingerprint, 4)
-    for content in (path.read_bytes()[:-9], b""):
-        path.write_bytes(content)
-        with pytest.raises(DamagedStore, match="not a plan"):
-            Plan.load(path, plan.fingerprint, 4)
-
-
-@given(st.integers(0), st.integers(1, 255))
-def test_a_flipped_bit_in_a_plan_file_is_found_or_changes_nothing(place: int, flip: int) -> None:
-    plan = Plan.freeze(ROWS)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plan.arrow"
-        plan.save(path)
-        content = bytearray(path.read_bytes())
-        content[place % len(content)] ^= flip
-        path.write_bytes(content)
-        try:
-            loaded = Plan.load(path, plan.fingerprint, 4)
-        except DamagedStore:
-            return
-        assert list(loaded._pairs()) == ROWS
+    sha256 = plan.save(path)
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    path.unlink() if change == "gone" else path.write_bytes({"flipped": flipped, "cut": content[:-9], "emptied": b""}[change])
+    with pytest.raises(DamagedStore, match="not the plan"):
+        Plan.load(path, plan.fingerprint, 4, sha256)
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), max_size=5), max_size=5), st.integers(0, 3))

@@ -7,6 +7,7 @@ has codes of its own); an interrupted run is exit code 130 and says how to go on
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -32,10 +33,12 @@ app.add_typer(list_app, name="list")
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer Typers carry inside
 EXIT_INTERRUPTED = 130
+_terminated: list[int] = []
 
 
 def main() -> None:
     """Run the command line; the entry point of the `kdstore` script."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(_run())
     except Interrupted as e:
@@ -52,6 +55,12 @@ def main() -> None:
         sys.exit(141)
 
 
+def _terminate(signum: int, frame: object) -> None:
+    """End as Ctrl-C does, leaving nothing half-written, when a cluster takes the machine back."""
+    _terminated.append(signum)
+    raise KeyboardInterrupt
+
+
 def _run() -> int | None:
     """Run the command and return the code of its typer.Exit, if any; raises Interrupted for Ctrl-C, which Typers tell in three ways."""
     try:
@@ -60,7 +69,7 @@ def _run() -> int | None:
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
-        raise Interrupted("Stopped; what was finished is kept.")
+        raise Interrupted("Stopped; what was finished is kept.", signum=_terminated[0] if _terminated else signal.SIGINT)
     return code
 
 

@@ -51,6 +51,8 @@ def decode_image(content: bytes) -> LoadedImage:
 
 def reason_of(error: Exception) -> str:
     """Say in one line why an image was not decoded; no address of memory, so that two runs write the same index."""
+    if isinstance(error, MemoryError):
+        raise error  # says nothing of the image
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     return re.sub(r"\s+", " ", re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}"))[:200]

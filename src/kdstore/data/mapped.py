@@ -1,5 +1,5 @@
-"""Tables in unnamed files instead of in memory: mapped, so that pages come and go and a run over 100 M rows needs no more memory than one over a thousand.
-The files vanish with the tables, and with the process."""
+"""Tables and numbers in unnamed files instead of in memory: mapped, so that pages come and go and a run over 100 M rows needs no more memory than one over a
+thousand. The files vanish with the tables, and with the process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from kdstore.jsonfile import disk_errors
+
+Int64 = npt.NDArray[np.int64]
+_AT_ONCE = 1 << 20  # numbers
 
 
 def unnamed_file(folder: Path | None) -> IO[bytes]:
@@ -46,3 +51,24 @@ def map_table(file: IO[bytes]) -> pa.Table:
     """Map an Arrow file; raises ArrowInvalid for a file that is none, and ValueError for an empty one."""
     reader = pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     return pa.Table.from_batches([reader.get_batch(i) for i in range(reader.num_record_batches)], reader.schema)
+
+
+def mapped_int64(count: int, folder: Path | None) -> Int64:
+    """Return `count` zeros in a mapped file; raises DiskFull, CannotWrite."""
+    if not count:
+        return np.zeros(0, np.int64)
+    with disk_errors(folder or Path(tempfile.gettempdir())), unnamed_file(folder) as f:
+        os.posix_fallocate(f.fileno(), 0, 8 * count)  # a full disk is an error here, and would be a signal later
+        return np.asarray(np.memmap(f, np.int64, "r+", shape=(count,)))
+
+
+def repeats(parts: Iterable[Int64], count: int, folder: Path | None = None) -> Int64:
+    """Return each of at most `count` values that came before, as often as it did, ascending; raises DiskFull, CannotWrite."""
+    held, filled = mapped_int64(count, folder), 0
+    for part in parts:
+        held[filled : filled + len(part)] = part
+        filled += len(part)
+    values = held[:filled]
+    values.sort()
+    spans = (values[start : start + _AT_ONCE + 1] for start in range(0, filled, _AT_ONCE))
+    return np.concatenate([np.zeros(0, np.int64), *(span[1:][span[1:] == span[:-1]] for span in spans)])

@@ -5,6 +5,7 @@ Parquet, JSON and the Hub go through `datasets`, which maps them from its cache;
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -26,6 +27,7 @@ IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path", "img", 
 CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "txt")
 KEY_COLUMNS = ("key", "uid", "__key__")
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 OPTIONS = ("image", *KINDS, "key")
 
 
@@ -175,11 +177,13 @@ def inside(folder: Path | None, name: str) -> Path:
 
 
 def read_file(path: Path) -> bytes:
-    """Read an image file; raises UndecodableImage."""
+    """Read an image file; raises UndecodableImage where there is none, and SourceError where disk or rights fail, which says nothing of the image."""
     try:
         with open(path, "rb") as f:
             if os.fstat(f.fileno()).st_size > MAX_BYTES:
                 raise UndecodableImage(f"the file has more than {MAX_BYTES:,} bytes")
             return f.read()
     except OSError as e:
+        if e.errno not in NO_FILE:
+            raise SourceError(f"Cannot read {path}: {e.strerror or e}.", "See to the disk; the same command goes on from there.") from e
         raise UndecodableImage(f"{e.strerror}: {path.name}") from e

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdstore.data.images import DECODING
 from kdstore.data.source import Source
 from kdstore.data.sources import open_source
@@ -24,6 +26,7 @@ from kdstore.models.names import resolve
 from kdstore.progress import OnProgress, silent
 from kdstore.store import ArraySpec, Begun, Codec, Plan, StoreWriter, check_place, child_identity, codec_files, open_store, plan_child, read_keys
 
+COMPARED = 256  # rows of a source with those of a plan
 LONG_RUN = 512  # images from which a look at the teacher is worth its time
 
 
@@ -67,7 +70,8 @@ def prepare(
 ) -> Job:
     """Open source and teacher, freeze the plan and fit the codecs, or take those that a run has left; `say` is told what a user should know.
 
-    `begun` is what the store's build folder says, for those who join a run: the plan is taken from it and its identity must be what is worked out here. Without
+    `begun` is what the store's build folder says, for those who join a run: the plan is taken from it, looked at in some rows, and its identity must be what is
+    worked out here. Without
     `fit` no codec is fitted and no space asked for: good for a look only. Raises ModelError, SourceError, JoinError, ConfigError, IdentityMismatch, DiskFull.
     """
     check_place(store_path(config))  # what can be wrong without a look at data or teacher comes before either
@@ -94,6 +98,7 @@ def prepare(
             of_parent.find()
     elif begun is not None:
         plan = begun.plan
+        _compare_rows(source, plan)
     else:
         source_rows = ((source.key(i), source.captions(i)) for i in range(len(source)))
         plan = Plan.freeze(source_rows, unit_rows=config.unit_rows, folder=present_folder(store_path(config)))
@@ -117,6 +122,13 @@ def prepare(
     if begun is not None and identity != begun.identity:
         raise IdentityMismatch(f"What this process would compute is not what {out} is to hold.", "Give it the same weights, data and versions as the others.")
     return Job(config, out, source, plan, arrays, codecs, identity, Extractor(config, source, plan, model, arrays, codecs, fitting))
+
+
+def _compare_rows(source: Source, plan: Plan) -> None:
+    """Refuse a source that is not the one that was planned, as far as its length and some rows tell; raises IdentityMismatch."""
+    rows = np.unique(np.linspace(0, plan.num_images - 1, COMPARED, dtype=np.int64)).tolist() if len(source) == plan.num_images else None
+    if rows is None or any((source.key(i), source.captions(i)) != plan.row(i) for i in rows):
+        raise IdentityMismatch(f"{source.spec} does not hold the {plan.num_images} rows that this store was begun with.", "Give it the data of the others.")
 
 
 def needed_bytes(plan: Plan, arrays: Sequence[ArraySpec]) -> int:

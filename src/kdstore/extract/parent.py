@@ -53,8 +53,7 @@ class RowsOfStore:
         return str(self._plan.keys[i].as_py())
 
     def captions(self, i: int) -> tuple[Caption, ...]:
-        texts = slice(int(self._plan.offsets[i]), int(self._plan.offsets[i + 1]))
-        return tuple(map(Caption, self._plan.captions[texts].to_pylist(), self._plan.kinds[texts].to_pylist()))
+        return self._plan.row(i)[1]
 
     def index_rows(self, start: int, stop: int) -> list[dict[str, Any]]:
         """Return what the parent's index says of some images, for arrays that need no look at them."""

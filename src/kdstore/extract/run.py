@@ -6,6 +6,7 @@ workers of a dask cluster, or by the parts of a job array; it makes no differenc
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import time
@@ -17,17 +18,32 @@ import open_clip
 import torch
 
 from kdstore import __version__
+from kdstore.data.mapped import repeats
 from kdstore.data.source import Source
-from kdstore.errors import ExtractError, StoreLocked
+from kdstore.errors import CannotWrite, ExtractError, IdentityMismatch, StoreLocked, StoreNotFound
 from kdstore.extract.check import check_teacher
 from kdstore.extract.config import ExtractConfig
-from kdstore.extract.job import Job, prepare
+from kdstore.extract.job import Job, prepare, store_path
 from kdstore.extract.rates import Rates, rates_of
 from kdstore.extract.units import BAD_VALUES, Guard, Tally
 from kdstore.progress import OnProgress, silent
-from kdstore.store import Attempt, Plan, Store, StoreWriter, Unit, leave_account, open_store, record_staged, repeats, stage_unit, staged_units
+from kdstore.store import (
+    Attempt,
+    Begun,
+    Plan,
+    Store,
+    StoreWriter,
+    Unit,
+    leave_account,
+    open_store,
+    read_begun,
+    record_staged,
+    stage_unit,
+    staged_units,
+)
+from kdstore.store.layout import BUILD, MANIFEST
 
-LOCK_SECONDS = 120  # so long a part waits for another one that begins the store
+LOCK_SECONDS = 600  # so long a part waits for another one that begins the store
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,7 @@ def extract(config: ExtractConfig, *, source: Source | None = None, on_progress:
         notices.append(notice)
         on_progress("notice", 0, 0, notice)
 
-    job = prepare(config, say, on_progress, source=source)
+    job = prepare(config, say, on_progress, source=source, begun=_begun(config) if config.part_of else None)
     run = _Run(job, notices, on_progress)
     try:
         return _extract_part(run, *config.part_of) if config.part_of else _extract_all(run)
@@ -198,31 +214,56 @@ def _on_cluster(run: _Run, writer: StoreWriter, pending: list[Unit]) -> None:
         )
 
 
+def _begun(config: ExtractConfig) -> Begun | None:
+    """Return what another part has begun: its plan is taken, and the source not enumerated again."""
+    with contextlib.suppress(StoreNotFound):
+        return read_begun(store_path(config))
+    return None
+
+
 def _extract_part(run: _Run, number: int, count: int) -> ExtractResult:
-    """Stage every `count`-th unit that is neither recorded nor staged, beginning with the `number`-th (from 1)."""
+    """Stage every `count`-th unit that is neither recorded nor staged, beginning with the `number`-th (from 1); ends early if the store is sealed meanwhile."""
     job = run.job
     with _wait_for_writer(job, run.on_progress) as writer:
         open_units = {unit.name for unit in writer.pending()} - staged_units(job.out).keys()
     mine = [unit for unit in job.plan.units[number - 1 :: count] if unit.name in open_units]
     run.begin(mine)
+    sealed = writer.complete
     for unit in mine:
-        with stage_unit(writer, unit) as attempt:
-            run.write(attempt, unit)
+        try:
+            with stage_unit(writer, unit) as attempt:
+                run.write(attempt, unit)
+        except CannotWrite:
+            if not (job.out / MANIFEST).is_file():
+                raise
+            sealed = True
+            break
     account, rates = run.account()
-    if not writer.complete:
-        leave_account(job.out, f"part-{number:05d}-of-{count:05d}", account)
-        run.say(f"Part {number} of {count} has ended. When all have: kdstore store finalise {job.out}")
-    return run.result(writer.digest, 0, rates)
+    if sealed:
+        store = open_store(job.out)
+        run.say(f"{job.out} is complete; nothing is left to do for part {number} of {count}.")
+        return run.result(store.digest, store.num_bytes, rates)
+    leave_account(job.out, f"part-{number:05d}-of-{count:05d}", account)
+    run.say(f"Part {number} of {count} has ended. When all have: kdstore store finalise {job.out}")
+    return run.result(None, 0, rates)
 
 
 def _wait_for_writer(job: Job, on_progress: OnProgress) -> StoreWriter:
-    """Open the store's writer for a moment, after others that are about the same; raises StoreLocked if one of them keeps it."""
+    """Open the store's writer for a moment, after others that are about the same; raises StoreLocked if one of them keeps it.
+
+    Raises IdentityMismatch for other settings, and where another part has fitted other codecs at the same time.
+    """
     for second in range(LOCK_SECONDS):
         try:
             return job.open_writer(on_progress)
         except StoreLocked:
             on_progress("wait for another part", second, LOCK_SECONDS, "")
             time.sleep(1)
+        except IdentityMismatch as e:
+            if job.codecs and (job.out / BUILD).is_dir():
+                hint = "If another part has fitted its codecs just now, run this one again: it takes those. Otherwise give it the settings of the others."
+                raise IdentityMismatch(e.message, hint) from e
+            raise
     return job.open_writer(on_progress)
 
 

@@ -10,7 +10,6 @@ from kdstore.store.codecs import Chain, Codec, fit_chain, parse_chain
 from kdstore.store.concat import concat_stores
 from kdstore.store.derive import DerivedStore, index_rows, read_keys
 from kdstore.store.diff import ArrayDifference, StoreDifference, diff_stores
-from kdstore.store.disk import repeats
 from kdstore.store.incomplete import Committer, StoreProgress, store_progress
 from kdstore.store.join import Join, JoinReport, join_sources, report_join
 from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array, view_array
@@ -78,7 +77,6 @@ __all__ = [
     "read_stats",
     "recode_store",
     "record_staged",
-    "repeats",
     "report_join",
     "sampled_covariance",
     "scalar_array",

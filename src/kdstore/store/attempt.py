@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +40,7 @@ IMAGE_INDEX = pa.schema(
 TEXT_INDEX = pa.schema([("row", pa.int64()), ("image_row", pa.int64()), ("kind", pa.large_string()), ("sha256", pa.string()), ("caption", pa.large_string())])
 
 ATTEMPTS = "attempts"
+_HOST = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
 
 
 class Attempt:
@@ -120,7 +124,7 @@ class Attempt:
 @contextlib.contextmanager
 def open_attempt(path: Path, plan: Plan, specs: Sequence[ArraySpec], unit: Unit, under: str = ATTEMPTS) -> Iterator[Attempt]:
     """Stage a unit of the store at `path` in a new folder under `_build/<under>`, which stays unless the block raises; raises DiskFull, CannotWrite."""
-    folder = path / BUILD / under / f"{unit.name}-{uuid.uuid4().hex}"
+    folder = path / BUILD / under / f"{unit.name}-{uuid.uuid4().hex}-{os.getpid()}-{_HOST}"
     with disk_errors(folder):
         folder.mkdir()
     attempt = Attempt(folder, plan, unit, [spec for spec in specs if spec.side == unit.side])
@@ -131,6 +135,14 @@ def open_attempt(path: Path, plan: Plan, specs: Sequence[ArraySpec], unit: Unit,
         raise
     finally:
         attempt.abandon()
+
+
+def remove_dead_attempts(under: Path, unit: Unit) -> None:
+    """Remove what processes of this host that have ended left of a unit without staging it whole."""
+    for folder in under.glob(f"{unit.name}-*-{_HOST}"):
+        pid = int(folder.name.removesuffix(f"-{_HOST}").rpartition("-")[2])
+        if not Path(f"/proc/{pid}").exists() and not (under / f"{unit.name}.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def staged_path(folder: Path, name: str) -> Path:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kdstore.errors import DamagedStore, IncompleteStore
-from kdstore.jsonfile import make_folders, read_json, write_json
+from kdstore.jsonfile import disk_errors, read_json, write_json
 from kdstore.progress import OnProgress, silent
-from kdstore.store.attempt import Attempt, open_attempt, staged_path
+from kdstore.store.attempt import Attempt, open_attempt, remove_dead_attempts, staged_path
 from kdstore.store.layout import BUILD, MANIFEST
 from kdstore.store.manifest import read_manifest
 from kdstore.store.plan import Unit
@@ -25,9 +25,12 @@ ACCOUNTS = "accounts"
 
 @contextlib.contextmanager
 def stage_unit(writer: StoreWriter, unit: Unit) -> Iterator[Attempt]:
-    """Stage a unit for `finalise_store`; leaving the block keeps it, an exception discards it. `writer` may have given its lock back."""
-    folder = writer.path / BUILD / PARTS
-    make_folders(folder)
+    """Stage a unit for `finalise_store`; leaving the block keeps it, an exception discards it. `writer` may have given its lock back.
+
+    What a process of this host left of the unit when it died is removed.
+    """
+    folder = _parts_folder(writer.path)
+    remove_dead_attempts(folder, unit)
     with open_attempt(writer.path, writer.plan, writer.arrays, unit, under=PARTS) as attempt:
         yield attempt
         write_json(folder / f"{unit.name}.json", {"folder": attempt.folder.name, "record": attempt.close()})
@@ -57,8 +60,9 @@ def record_staged(writer: StoreWriter, on_progress: OnProgress = silent) -> None
 
 def leave_account(path: Path, part: str, account: dict[str, Any]) -> None:
     """Keep what the last run of a part says of itself, for `run.json`; raises DiskFull, CannotWrite."""
-    folder = path / BUILD / PARTS / ACCOUNTS
-    make_folders(folder)
+    folder = _parts_folder(path) / ACCOUNTS
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
     write_json(folder / f"{part}.json", account)
 
 
@@ -82,3 +86,10 @@ def finalise_store(path: str | Path, *, on_progress: OnProgress = silent) -> str
         images, valid = writer.recorded_images()
         run = {"source": accounts[0].get("source") if accounts else None, "images": images, "texts": writer.plan.num_texts}
         return writer.finalise({**run, "invalid_images": images - valid, "parts": accounts})
+
+
+def _parts_folder(path: Path) -> Path:
+    """Create the folder of staged units in the build folder, which is gone once the store is sealed."""
+    with disk_errors(path):
+        (path / BUILD / PARTS).mkdir(exist_ok=True)
+    return path / BUILD / PARTS

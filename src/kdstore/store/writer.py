@@ -55,7 +55,8 @@ def read_begun(path: str | Path) -> Begun:
         raise StoreNotFound(f"No store is being written at {path}.", "Check the path, or begin one with: kdstore extract --out PATH.")
     said = read_json(build / BUILD_JSON)
     arrays = tuple(ArraySpec.from_metadata(name, metadata) for name, metadata in said["arrays"].items())
-    return Begun(Plan.load(build / PLAN, said["plan"]["fingerprint"], said["plan"]["unit_rows"]), arrays, said["identity"])
+    plan = Plan.load(build / PLAN, said["plan"]["fingerprint"], said["plan"]["unit_rows"], said["plan_sha256"])
+    return Begun(plan, arrays, said["identity"])
 
 
 class StoreWriter:
@@ -137,11 +138,11 @@ class StoreWriter:
         for folder in (ATTEMPTS, UNITS):
             make_folders(build / folder)
         if not (build / BUILD_JSON).is_file():
-            self.plan.save(build / PLAN)
+            plan_sha256 = self.plan.save(build / PLAN)
             for name, content in self._constants.items():
                 make_folders((build / name).parent)
                 write_bytes(build / name, content)
-            write_json(build / BUILD_JSON, self._asked)
+            write_json(build / BUILD_JSON, {**self._asked, "plan_sha256": plan_sha256})
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
@@ -245,9 +246,11 @@ class StoreWriter:
             self.close()
 
     def _discard_unrecorded(self) -> None:
-        """Remove the folder's content if no unit has come so far, so that a run with corrected settings may take the same path."""
+        """Remove the folder's content if no unit has come so far, staged ones counted, so that a run with corrected settings may take the same path."""
         with contextlib.suppress(OSError, KdstoreError), self._committing():
-            if [p.name for p in self.path.iterdir()] == [BUILD] and not any((self.path / BUILD / UNITS).glob("*.json")):
+            if [p.name for p in self.path.iterdir()] == [BUILD] and not (
+                any((self.path / BUILD / UNITS).glob("*.json")) or (self.path / BUILD / PARTS).exists()
+            ):
                 shutil.rmtree(self.path / BUILD, ignore_errors=True)
                 if self._created:
                     self.path.rmdir()
