@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--jpeg", type=int, metavar="SIDE", help="decode JPEGs of this side instead of taking pictures that are decoded")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--threads", type=int, default=2, help="that decode")
+    parser.add_argument("--threads", type=int, help="that decode; default: as many as there are cores, at most 16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -121,6 +121,7 @@ def main() -> None:
         **settings,
         "device": str(model.device),
         "cores": len(os.sched_getaffinity(0)),
+        "threads": config.decoders,
         "images": args.images,
         **{f"of_{way}": statistics.median(a / b for a, b in zip(taken[way], taken["extract"], strict=True)) for way in ("forward", "decode")},
         "seconds": {name: statistics.median(values) for name, values in taken.items()},

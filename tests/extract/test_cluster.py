@@ -187,5 +187,5 @@ def test_wrong_ways_of_sharing_the_work_are_refused(changes, said):
 
 def test_too_many_undecodable_images_end_a_part_too(tmp_path):
     (tmp_path / "rows.csv").write_text("path,caption\n" + "".join(f"{k}.png,c {k}\n" for k in range(40)))
-    with pytest.raises(SourceError, match="images cannot be decoded"):
+    with pytest.raises(SourceError, match="images are not valid"):
         extract(config(tmp_path / "s", data=str(tmp_path / "rows.csv"), part="1/1"))

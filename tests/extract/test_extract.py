@@ -1,5 +1,7 @@
 """Extraction: what the store holds is what the teacher says, however often the run was stopped."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,13 @@ def test_batch_size_and_threads_do_not_enter_the_identity(tmp_path):
     again = extract(config(tmp_path / "s", batch=16, threads=1))
     assert again.digest == first.digest
     assert again.written_images == 0
+
+
+def test_as_many_threads_decode_as_there_are_cores_for_each_process_and_at_most_sixteen():
+    cores = len(os.sched_getaffinity(0))
+    assert config("s").decoders == min(16, cores)
+    assert config("s", workers=100 * cores).decoders == 1
+    assert config("s", workers=2, threads=3).decoders == 3
 
 
 def test_what_a_source_has_to_say_and_equal_content_are_said(tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from kdstore.data.scenes import Scenes
 from kdstore.distill.targets import StoreTargets
-from kdstore.errors import ConfigError, IdentityMismatch, ModelError
+from kdstore.errors import ConfigError, IdentityMismatch, ModelError, SourceError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.fit import encoded
 from kdstore.extract.recompute import recompute
@@ -186,3 +186,15 @@ def test_rows_with_values_that_cannot_be_stored_are_marked_if_the_user_wants_it(
         finite = np.isfinite(store.gather("image/embedding", np.arange(40), [view] * 40))
         assert finite.all(axis=1).tolist() == store.image_valid.tolist()
     assert verify_store(tmp_path / "s").ok
+
+
+def test_texts_that_have_no_features_end_a_run_as_images_do(tmp_path):
+    model = load_model("scenes-T", untrained=True, device="cpu")
+    with torch.no_grad():
+        model.clip.text_projection.fill_(float("nan"))
+    torch.save(model.clip.state_dict(), tmp_path / "nan.pt")
+    settings = {"pretrained": str(tmp_path / "nan.pt"), "untrained_seed": None, "bad_values": "invalid"}
+    for changes in ({}, {"max_invalid": 1.0}, {"part": "1/1"}):
+        with pytest.raises(SourceError, match=r"of the first [0-9]+ texts are not valid"):
+            extract(config(tmp_path / "s", **settings, **changes))
+    assert not (tmp_path / "s" / "manifest.json").exists()

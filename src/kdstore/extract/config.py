@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ TOKENS = ("none", "image", "text", "both")
 DTYPES = ("float16", "float32")
 BAD_VALUES = ("refuse", "invalid")
 CHUNK_ROWS, MOST_CHUNKS = 16, 2**20  # rows of embeddings in a chunk, chunks in a shard (docs/format.md)
+MOST_DECODERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +48,11 @@ class ExtractConfig:
     channels_last: bool = False
     batch: int = 64
     device: str = "auto"
-    threads: int = 2  # decoding
+    threads: int | None = None  # decoding, in each process; default: as many as there are cores for it, at most MOST_DECODERS
     workers: int = 0  # processes of a cluster on this machine; 0: all in this one
     scheduler: str | None = None  # of a dask cluster, tcp://HOST:PORT
     part: str | None = None  # I/N: only every N-th unit, from the I-th (1 to N)
-    max_invalid: float = 0.1  # share of images that are not valid beyond which the run stops
+    max_invalid: float = 0.1  # share of images, and of texts, that are not valid beyond which the run stops
     bad_values: str = "refuse"  # NaN, infinity and floats beyond dtype; invalid: such a row is marked as not valid, with the reason
 
     def __post_init__(self) -> None:
@@ -60,8 +62,8 @@ class ExtractConfig:
         if not re.fullmatch(r"last|last-before-norm|-?[0-9]{1,4}", self.token_layer):
             raise ConfigError(f"Unknown token layer '{self.token_layer}'.", "Known: last, last-before-norm, or a block's number (-1 the last one's).")
         for name in ("unit_rows", "batch", "threads", "codec_sample"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ConfigError(f"{name} must be at least 1, found {given}.", f"Correct {name}.")
         if self.part is not None and self.part_of is None:
             raise ConfigError(f"A part is I/N with I from 1 to N, found '{self.part}'.", "For the first of four: --part 1/4.")
         if (self.workers > 0) + (self.scheduler is not None) + (self.part is not None) > 1:
@@ -99,6 +101,12 @@ class ExtractConfig:
         found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.part or "")
         number, count = (int(text) for text in found.groups()) if found else (0, 0)
         return (number, count) if 1 <= number <= count else None
+
+    @property
+    def decoders(self) -> int:
+        """How many threads decode in a process: `threads`, or the cores that it may use, shared among the workers of this machine."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.threads or max(1, min(MOST_DECODERS, cores // max(1, self.workers)))
 
     @property
     def sampling(self) -> dict[str, Any]:

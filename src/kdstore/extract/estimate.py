@@ -88,7 +88,7 @@ def _image_rates(job: Job, on_progress: OnProgress) -> tuple[float, float]:
     for start in range(0, job.plan.num_images, batch):
         on_progress("calibrate", images, job.plan.num_images, "images")
         decoded, seconds = job.extractor.decode_all(range(start, min(start + batch, job.plan.num_images)))
-        decoding, images = decoding + seconds / job.config.threads, images + len(decoded)
+        decoding, images = decoding + seconds, images + len(decoded)
         pixels = [picture for picture, _ in decoded if picture is not None]
         if pixels:
             if not valid:

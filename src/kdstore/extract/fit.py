@@ -91,7 +91,7 @@ def sampled(
     images = plan.num_images if config.reads_images else 0
     image_rows, text_rows = (np.sort(np.random.default_rng(SEED).choice(n, min(n, config.codec_sample), replace=False)) for n in (images, plan.num_texts))
     total = len(image_rows) + len(text_rows)
-    with ThreadPoolExecutor(config.threads) as pool:
+    with ThreadPoolExecutor(config.decoders) as pool:
         for start in range(0, len(image_rows), config.batch):
             pixels = list(pool.map(decode, image_rows[start : start + config.batch].tolist()))
             if any(image is not None for image in pixels):

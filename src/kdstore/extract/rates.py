@@ -34,15 +34,14 @@ class Rates:
 
 def rates_of(config: ExtractConfig, model: Model, images: Tally, texts: Tally, seconds: float) -> Rates:
     """Work out the rates of a run from what its image and text units took, `seconds` in all."""
-    decoding = images.decoding / config.threads
-    stages = {"reading": decoding, "model": images.model, "writing": images.writing}
+    stages = {"reading": images.decoding, "model": images.model, "writing": images.writing}
     rates = {name: round(images.images / taken, 2) if taken else 0.0 for name, taken in stages.items()}
     tokens = 0
     if config.tokens in ("image", "both"):
         tokens += images.images * image_token_form(model, config.token_layer).shape[0]
     if config.tokens in ("text", "both"):
         tokens += texts.texts * text_token_form(model, config.token_layer).shape[0]
-    taken = {"reading": decoding, "model": images.model + texts.model, "writing": images.writing + texts.writing}
+    taken = {"reading": images.decoding, "model": images.model + texts.model, "writing": images.writing + texts.writing}
     share = None
     if images.images > images.invalid and images.model:
         share = round(image_flops(model) * (images.images - images.invalid) / images.model / peak_flops(model), 4)

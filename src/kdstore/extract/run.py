@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ from kdstore.store import (
     staged_units,
 )
 from kdstore.store.layout import BUILD, MANIFEST
+from kdstore.store.plan import SIDES
 
 LOCK_SECONDS = 600  # so long a part waits for another one that begins the store
 
@@ -78,24 +79,23 @@ class _Run:
         self.on_progress = on_progress
         self.started = time.perf_counter()
         self.done = {"image": Tally(), "text": Tally()}
-        self._totals = {"image": 0, "text": 0}
-        self._guard = Guard(job.config.max_invalid, 0)
+        self._guards: dict[str, Guard] = {}
+        self.begin([])
 
-    def begin(self, units: list[Unit], recorded: tuple[int, int] = (0, 0)) -> None:
-        """Say what is to be done, and how many images were recorded before, and were valid."""
-        self._totals = {side: sum(len(unit) for unit in units if unit.side == side) for side in self.done}
-        images, valid = recorded
-        self._guard = Guard(self.job.config.max_invalid, images + self._totals["image"], images, images - valid)
+    def begin(self, units: list[Unit], images: tuple[int, int] = (0, 0), texts: int = 0) -> None:
+        """Say what is to be done, how many images were recorded before and were valid, and how many texts, which are taken for valid."""
+        self._totals: dict[str, int] = {side: sum(len(unit) for unit in units if unit.side == side) for side in SIDES}
+        for side, seen, invalid in (("image", images[0], images[0] - images[1]), ("text", texts, 0)):
+            self._guards[side] = Guard(side, self.job.config.max_invalid, seen + self._totals[side], seen, invalid)
 
     def write(self, attempt: Attempt, unit: Unit) -> None:
         """Have a unit written in this process."""
         self.job.extractor.write(attempt, unit, lambda done: self.add(unit, done))
 
     def add(self, unit: Unit, done: Tally) -> None:
-        """Count what was done of a unit, and show it; raises SourceError when too many images cannot be decoded."""
+        """Count what was done of a unit, and show it; raises SourceError when too many images or texts are not valid."""
         total = self.done[unit.side] = self.done[unit.side] + done
-        if unit.side == "image":
-            self._guard.add(done)
+        self._guards[unit.side].add(done)
         if total.texts:
             self.on_progress("texts", total.texts, self._totals["text"], "")
         elif total.images:  # none where the parent has all that is stored of them
@@ -105,7 +105,7 @@ class _Run:
 
     @property
     def invalid(self) -> int:
-        return self._guard.invalid
+        return self._guards["image"].invalid
 
     def say(self, notice: str, stage: str = "notice") -> None:
         self.notices.append(notice)
@@ -183,7 +183,7 @@ def _extract_all(run: _Run) -> ExtractResult:
         check = check_teacher(job.extractor, job.source, job.config.batch) if pending and job.worth_a_check else None
         if check is not None and check["warning"]:
             run.say(check["warning"], "warning")
-        run.begin(pending, writer.recorded_images())
+        run.begin(pending, writer.recorded_images(), job.plan.num_texts - sum(len(unit) for unit in pending if unit.side == "text"))
         if pending and (job.config.workers or job.config.scheduler):
             _on_cluster(run, writer, pending)
         else:
@@ -205,7 +205,10 @@ def _extract_all(run: _Run) -> ExtractResult:
 def _on_cluster(run: _Run, writer: StoreWriter, pending: list[Unit]) -> None:
     from kdstore.extract.cluster import extract_on_cluster  # dask's scheduler takes a second to import
 
-    failed = extract_on_cluster(run.job, writer, pending, run.add)
+    job = run.job
+    if job.config.workers:  # share the cores of this machine; workers elsewhere count their own
+        job = replace(job, config=replace(job.config, threads=job.config.decoders))
+    failed = extract_on_cluster(job, writer, pending, run.add)
     if failed:
         last, why = list(failed.items())[-1]
         raise ExtractError(

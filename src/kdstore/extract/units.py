@@ -43,7 +43,7 @@ _TEXT = {"valid": 1}
 
 @dataclass(frozen=True)
 class Tally:
-    """What was done, and the seconds that it took: of decoding summed over `decoders` threads, of the rest as they passed."""
+    """What was done, and the seconds that it took: of decoding those of one thread over their number, of the rest as they passed."""
 
     images: int = 0
     texts: int = 0
@@ -60,19 +60,20 @@ class Tally:
 
 @dataclass
 class Guard:
-    """Ends a run whose images cannot be decoded, in too large a part of them or all: of ENOUGH or more so far, or of all at the end."""
+    """Ends a run whose images, or texts, are not valid, in too large a part of them or all: of ENOUGH or more so far, or of all at the end."""
 
+    side: str
     max_invalid: float
     total: int
     seen: int = 0
     invalid: int = 0
 
     def add(self, done: Tally) -> None:
-        """Count images; raises SourceError when too many of them are undecodable."""
-        self.seen, self.invalid = self.seen + done.images, self.invalid + done.invalid
+        """Count rows; raises SourceError when too many of them are not valid."""
+        self.seen, self.invalid = self.seen + done.images + done.texts, self.invalid + done.invalid
         ended = self.seen == self.total
         if self.invalid > self.max_invalid * (self.seen if ended else max(self.seen, ENOUGH)) or (ended and self.invalid == self.seen > 0):
-            found = f"{self.invalid} of the first {self.seen} images cannot be decoded (the last: {done.last_reason or 'in an earlier unit'})"
+            found = f"{self.invalid} of the first {self.seen} {self.side}s are not valid (the last: {done.last_reason or 'in an earlier unit'})"
             raise SourceError(f"{found}; {100 * self.max_invalid:.3g} % may be.", "Check the data, or allow more with --set max_invalid=SHARE.")
 
 
@@ -92,7 +93,7 @@ class Extractor:
         self._augmentation = augmentation_of(config, model)
         self._views = range(1 + config.views)
         self.images_at_once = max(1, config.batch // len(self._views))  # a batch is of pictures, and all of an image are in one
-        self._decoders = ThreadPoolExecutor(config.threads, "decode", _give_way if model.device.type == "cpu" else None)
+        self._decoders = ThreadPoolExecutor(config.decoders, "decode", _give_way if model.device.type == "cpu" else None)
         self._writer = ThreadPoolExecutor(1, "write")
 
     def close(self) -> None:
@@ -139,11 +140,15 @@ class Extractor:
             return None, {**info, "valid": 0, "reason": reason_of(e)}
 
     def decode_all(self, rows: range) -> tuple[list[tuple[torch.Tensor | None, dict[str, Any]]], float]:
-        """Decode images in all threads; returns them with the seconds that it took, summed over the threads."""
-        return _joined([self._decoding(row) for row in rows])
+        """Decode images in all threads; returns them with the seconds that it took: of one thread, over their number."""
+        return self._joined([self._decoding(row) for row in rows])
 
     def _decoding(self, row: int) -> Future[Any]:
         return self._decoders.submit(_timed, functools.partial(self.decode, views=self._views), row)
+
+    def _joined(self, futures: list[Future[Any]]) -> tuple[list[Any], float]:
+        found = [future.result() for future in futures]
+        return [decoded for decoded, _ in found], sum(seconds for _, seconds in found) / self._config.decoders
 
     def _images(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], int]]]:
         if isinstance(self._source, RowsOfStore) and not self._config.reads_images:
@@ -214,15 +219,15 @@ class Extractor:
         return int((~good).sum())
 
     def _batches_ahead(self, unit: Unit) -> Iterator[tuple[list[tuple[torch.Tensor | None, dict[str, Any]]], float]]:
-        """Decode the unit's batches in threads; yields them in order with the seconds that their decoding took, summed over the threads."""
+        """Decode the unit's batches in threads; yields them in order with the seconds that their decoding took, as `decode_all` counts them."""
         waiting: deque[list[Future[Any]]] = deque()
         try:
             for start in range(unit.start, unit.stop, self.images_at_once):
                 waiting.append([self._decoding(row) for row in range(start, min(start + self.images_at_once, unit.stop))])
                 if len(waiting) > AHEAD:
-                    yield _joined(waiting.popleft())
+                    yield self._joined(waiting.popleft())
             while waiting:
-                yield _joined(waiting.popleft())
+                yield self._joined(waiting.popleft())
         finally:
             for future in (future for batch in waiting for future in batch):
                 future.cancel()
@@ -231,17 +236,12 @@ class Extractor:
 def _give_way() -> None:
     """Leave the cores to the threads of a model on the CPU: they wait for each other, so that one of them held up holds up all."""
     with contextlib.suppress(AttributeError, OSError):  # no such call, or not allowed
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # at 19 they starve where others work too
 
 
 def _timed(decode: Callable[[int], Any], row: int) -> tuple[Any, float]:
     started = time.perf_counter()
     return decode(row), time.perf_counter() - started
-
-
-def _joined(futures: list[Future[Any]]) -> tuple[list[Any], float]:
-    found = [future.result() for future in futures]
-    return [decoded for decoded, _ in found], sum(seconds for _, seconds in found)
 
 
 def _written(write: Callable[[], int]) -> Tally:
