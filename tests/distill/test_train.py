@@ -421,7 +421,7 @@ def test_the_default_folder_is_named_after_student_loss_teacher_and_seed() -> No
     ("changes", "error", "said"),
     [
         ({"cache": None}, ConfigError, "needs a teacher's image/embedding, text/embedding, logit_scale"),
-        ({"cache": None, "loss": "none"}, ConfigError, "needs images"),
+        ({"cache": None, "loss": "none"}, ConfigError, "where the images are"),
         ({"loss": "clip-kdd"}, UnknownName, "Did you mean clip-kd"),
         ({"loss": "clip +"}, ConfigError, "no sum of weighted names"),
         ({"student": "ViT-T-61"}, UnknownName, "ViT-T-16"),

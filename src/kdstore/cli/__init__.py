@@ -130,6 +130,8 @@ def distill(
     cache: Annotated[
         list[str] | None, typer.Option(help="The store of a teacher's features, once for each teacher; without one, the student learns alone.")
     ] = None,
+    teacher: Annotated[str | None, typer.Option(help="A teacher that runs beside the student instead of a store, as in 'kdstore extract'.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Its tag or checkpoint file.")] = None,
     data: Data = None,
     student: Annotated[str | None, typer.Option(help="See 'kdstore list students'; any open_clip architecture or config.json too.")] = None,
     init: Annotated[str | None, typer.Option(help="First weights: scratch, a run folder, a file or tag, inherit[:MODEL] (docs/students.md).")] = None,
@@ -150,7 +152,7 @@ def distill(
     from kdstore.distill.config import DistillConfig
 
     options = {"cache": cache, "data": data, "student": student, "loss": loss, "out": out, "samples": samples, "batch_size": batch_size}
-    options |= {"init": init, "text_tower": text_tower, "micro_batch": micro_batch}
+    options |= {"init": init, "text_tower": text_tower, "micro_batch": micro_batch, "teacher": teacher, "pretrained": pretrained}
     config = config_of(DistillConfig, "distill", recipe, settings, {**options, "seed": seed, "resume": resume, "device": device})
     from kdstore.distill import train
 

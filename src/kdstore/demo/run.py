@@ -57,7 +57,7 @@ class _Evaluated:
 
 
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """A model to score: what load_model takes, the name of its results, and the digest of its run or of its identity."""
 
     name: str
@@ -86,11 +86,11 @@ def run_demo(config: DemoConfig, *, on_progress: OnProgress = silent) -> DemoRes
             group = f"student, {f'from {teacher}' if teacher else ALONE}"
             curves.setdefault(group, read_curve(run.path))
             with _timed(timings, "evaluate"):
-                model = _Scored(str(run.path), run.path.name, read_json(run.path / "run.json", RunError)["digest"])
+                model = Scored(str(run.path), run.path.name, read_json(run.path / "run.json", RunError)["digest"])
                 lines += _evaluate(config, model, group, "student", seed, on_progress, controls=teacher is None)
     for name in config.teachers:
         with _timed(timings, "evaluate"):
-            model = _Scored(name, place_of(name), open_store(store_path(config, name)).identity["teacher"]["digest"])
+            model = Scored(name, place_of(name), open_store(store_path(config, name)).identity["teacher"]["digest"])
             lines += _evaluate(config, model, f"teacher {name}", "teacher", config.seeds[0], on_progress, controls=False)
     content = {
         "stage": "demo",
@@ -141,7 +141,7 @@ def _distill_config(config: DemoConfig, teacher: str | None, seed: int, data: st
     )
 
 
-def _evaluate(config: DemoConfig, model: _Scored, group: str, kind: str, seed: int, on_progress: OnProgress, *, controls: bool) -> Iterator[_Evaluated]:
+def _evaluate(config: DemoConfig, model: Scored, group: str, kind: str, seed: int, on_progress: OnProgress, *, controls: bool) -> Iterator[_Evaluated]:
     """Score one model in retrieval and VQA; with `controls`, also what the same head makes of no image and of an untrained student."""
     place, results = model.place, Path(config.out) / "results"
     retrieval_config = RetrievalConfig(
@@ -157,8 +157,8 @@ def _evaluate(config: DemoConfig, model: _Scored, group: str, kind: str, seed: i
         device=config.device,
         out=str(results / f"{place}-vqa.json"),
     )
-    retrieval = _kept(retrieval_config, model) or evaluate_retrieval(retrieval_config, on_progress=_under(on_progress, f"retrieval {place}")).content
-    vqa = _kept(vqa_config, model) or evaluate_vqa(vqa_config, on_progress=_under(on_progress, f"vqa {place}")).content
+    retrieval = kept_result(retrieval_config, model) or evaluate_retrieval(retrieval_config, on_progress=_under(on_progress, f"retrieval {place}")).content
+    vqa = kept_result(vqa_config, model) or evaluate_vqa(vqa_config, on_progress=_under(on_progress, f"vqa {place}")).content
     recall = {key: retrieval["rows"][0]["scores"][key] for key in RECALLS}
     for row in vqa["rows"]:
         scores = {f"vqa {name}": score for name, score in row["scores"].items()}
@@ -168,7 +168,7 @@ def _evaluate(config: DemoConfig, model: _Scored, group: str, kind: str, seed: i
             yield _Evaluated(row["row"].replace("untrained", "untrained student"), "control", seed, None, scores)
 
 
-def _kept(config: RetrievalConfig | VqaConfig, model: _Scored) -> dict[str, Any] | None:
+def kept_result(config: RetrievalConfig | VqaConfig, model: Scored) -> dict[str, Any] | None:
     """Return the result of an earlier demo if it is whole, and of these settings, this version and the weights that `model` names."""
     assert config.out is not None
     try:

@@ -17,14 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdstore.data.source import Source, UndecodableImage
+from kdstore.data.source import Source
 from kdstore.distill.distributed import Share
 from kdstore.distill.encoded import Supervision, TeacherRows, map_rows
 from kdstore.distill.pairs import Pairs, Rows, Texts
 from kdstore.distill.targets import Targets
-from kdstore.distill.views import Kept, Pixels
-from kdstore.errors import ConfigError, JoinError, SourceError
-from kdstore.store import StoredViews
+from kdstore.distill.views import Kept, Pixels, Views, readable_image
+from kdstore.errors import ConfigError, JoinError
 from kdstore.store.order import CAPTION, DROP, VIEW, Order, draw
 
 
@@ -91,7 +90,7 @@ class Maker:
     keep: Callable[..., Pixels]
     tokenizer: Callable[[list[str]], Tensor] | None  # None: the teacher's text embeddings stand where tokens would
     kept: Kept
-    stored: tuple[StoredViews, ...] = ()  # the views to show, of each store; none: the plain one alone
+    stored: tuple[Views, ...] = ()  # the views to show, of each store; none: the plain one alone
     pin: bool = False
     one_tokenizer: threading.Lock = field(default_factory=threading.Lock)  # tokenizers of transformers are not thread-safe
 
@@ -176,12 +175,7 @@ class Maker:
 
     def _view(self, pair: int, view: int) -> Pixels:
         row = int(self.pairs.source_rows[pair])
-        try:
-            loaded = self.source.image(row)
-        except UndecodableImage as e:
-            raise SourceError(
-                f"Image {self.source.key(row)} cannot be decoded: {e.reason}.", "Extract a store of this data and give it as --cache: it leaves bad images out."
-            ) from e
+        loaded = readable_image(self.source, row)
         held = [(k, int(rows[pair])) for k, rows in enumerate(self.pairs.target_rows) if rows[pair] >= 0]
         for k, target in held if self.pairs.sha256 else ():
             if (expected := self.pairs.sha256[k][target].as_py()) != loaded.sha256:

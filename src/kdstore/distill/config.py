@@ -13,6 +13,16 @@ class DistillConfig:
     """Settings of a run; those named in `MACHINE` do not decide its result and may differ when it is resumed."""
 
     cache: str | tuple[str, ...] | None = None  # the store, or one for each teacher; without one the loss must be the task alone
+    teacher: str | None = None  # a model that runs beside the student instead of a store (docs/training.md)
+    pretrained: str | None = None  # its tag or checkpoint file
+    teacher_untrained_seed: int | None = None  # random weights of its architecture instead: a control
+    teacher_precision: str = "fp32"
+    augment: str = "none"  # random: each image in another view every epoch, seen by both; no store holds targets of these
+    augment_scale: tuple[float, ...] = (0.08, 1.0)  # share of the image that a crop takes
+    augment_ratio: tuple[float, ...] = (3 / 4, 4 / 3)  # its width to its height
+    augment_flip: float = 0.0  # probability; captions tell left from right
+    augment_operations: int = 2  # of RandAugment
+    augment_strength: float = 0.3  # of these, 1 the strongest
     data: str | None = None  # the source of images; default: the one that the store records
     student: str = "ViT-T-16"
     init: str = "scratch"  # or a model folder, a file or tag of the student's architecture, or inherit[:MODEL], by default the teacher (docs/students.md)
@@ -60,6 +70,11 @@ class DistillConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UnknownName.of(f"value of {name}", getattr(self, name), known)
+        if self.cache and self.teacher:
+            raise ConfigError(f"Both a store ({', '.join(self.caches)}) and a live teacher ({self.teacher}) are given.", "Give --cache or --teacher.")
+        if self.augment != "none" and not self.teacher:
+            found = "Unstorable augmentation: a random view is drawn anew in every epoch, and a store holds no target of it."
+            raise ConfigError(found, "Extract a store with --views K and leave augment out, or run the teacher live with --teacher.")
         if self.text_tower != "own" and not self.cache:
             raise ConfigError(f"A student with a {self.text_tower} text tower takes it from the teacher of a store, and there is none.", "Give --cache STORE.")
         if self.text_tower == "frozen" and self.projector == "always":
@@ -83,7 +98,7 @@ class DistillConfig:
     @property
     def run_path(self) -> Path:
         """The run folder: `out` or its default."""
-        teacher = "+".join(Path(cache).resolve().name for cache in self.caches) or "no-teacher"
+        teacher = "+".join(Path(cache).resolve().name for cache in self.caches) or (f"online-{self.teacher}" if self.teacher else "no-teacher")
         name = f"{self.student}_{self.loss}_{teacher}_seed{self.seed}"
         return Path(self.out) if self.out else Path("runs") / "".join(c if c.isalnum() or c in "._-+" else "-" for c in name.replace(" ", ""))
 
@@ -97,6 +112,8 @@ CHOICES = {
     "views": ("auto", "stored", "plain"),
     "join": ("key", "content"),
     "changed_images": ("refuse", "allow"),
+    "teacher_precision": ("fp32", "bf16", "fp16"),
+    "augment": ("none", "random"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }
 
@@ -109,7 +126,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 MACHINE = (
-    *("cache", "data", "teacher_weights", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every"),
+    *("cache", "teacher", "pretrained", "data", "teacher_weights", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every"),
     *("micro_batch", "grad_checkpointing", "compile", "max_skipped", "validate_data", "validate_cache", "validate_every"),
 )
 """Left out of what decides a result (to rounding); the store enters by its digest and the source by its fingerprint, not by their paths."""

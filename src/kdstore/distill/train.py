@@ -1,7 +1,7 @@
 """Distilling a student: from the settings to a run folder that open_clip loads.
 
-One process, or several that torchrun started, of which the first alone touches the run folder. The teacher is never here: its embeddings come from a store
-(in tests from anything that is `Targets`), gathered by the threads that also prepare the views, so that a step costs what it costs without a teacher. The
+One process, or several that torchrun started, of which the first alone touches the run folder. A teacher's embeddings come from a store (`online` runs it
+instead, tests give anything that is `Targets`), gathered by the threads that also prepare the views, so that a step costs what it costs without one. The
 settings alone decide a run: stopped and resumed, it gives the same bits on the same machine.
 """
 
@@ -30,13 +30,14 @@ from kdstore.distill.fitting import fit_student
 from kdstore.distill.loop import Training, train
 from kdstore.distill.losses import EMBEDDINGS, needs_of, parse_loss, parts_of, terms_of
 from kdstore.distill.objective import Objective, Teacher
+from kdstore.distill.online import OnlineTargets, online_targets
 from kdstore.distill.optimiser import choose_precision
 from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_stores
 from kdstore.distill.runfolder import AVERAGE, RUN, begin_run, export_student, load_checkpoint, read_checkpoint, run_state
 from kdstore.distill.targets import StoreTargets, Targets, open_stores, views_to_show
 from kdstore.distill.teachers import check_loss, describe_teachers, match_temperatures
 from kdstore.distill.validation import make_validation
-from kdstore.distill.views import Kept, split_preprocess
+from kdstore.distill.views import Kept, Views, split_preprocess
 from kdstore.errors import ConfigError, RunError
 from kdstore.jsonfile import digest_of, read_json, write_json
 from kdstore.models.load import DTYPES, Model, parameter_counts
@@ -87,14 +88,19 @@ def _distill(
         needs = needs_of(parse_loss(config.loss))
         if config.text_tower == "frozen":
             needs = tuple(dict.fromkeys((*needs, *EMBEDDINGS)))
-        if needs and not config.caches and not live:
+        if needs and not config.caches and not config.teacher and not live:
             raise ConfigError(f"The loss '{config.loss}' needs a teacher's {', '.join(needs)}, but there is no store.", "Give --cache STORE, or --loss none.")
         stores = open_stores(config.caches)
-        taught = live or tuple(StoreTargets(store, needs) for store in stores) if needs else ()
+        shown: tuple[Views, ...] = views_to_show(config.views, stores, needs)
+        taught: tuple[Targets, ...] = live or tuple(StoreTargets(store, needs) for store in stores) if needs else ()
+        online = None
+        if config.teacher:
+            source = source or _open_source(config, stores)
+            online = online_targets(config, source, on_progress)
+            taught, shown = (online,) if needs else (), (online.views,) if online.views else ()
         teachers = describe_teachers(config, taught)
         source = source or _open_source(config, stores)
-        stored = views_to_show(config.views, stores, needs)
-        settings = _settings(config, stores, source, live, choose_precision(config.precision, device), "stored" if stored else "plain")
+        settings = _settings(config, stores, source, online, live, choose_precision(config.precision, device), "stored" if stores and shown else "plain")
     _check_alike(world, settings)
     state = world.from_first(lambda: run_state(path, settings, resume=config.resume))
     if state == "finished":
@@ -109,9 +115,9 @@ def _distill(
             student = build_student(config, stores[0] if stores else None, device)
             model = student.model
             keep, finish = split_preprocess(model.preprocess)
-            kept = Kept(int(config.memory_gib * 2**30))
+            kept = Kept(0 if config.augment == "random" else int(config.memory_gib * 2**30))  # what is drawn anew comes once
             tokenizer = None if config.text_tower == "frozen" else model.tokenizer
-            make = Maker(plan, pairs, source, taught, needs, keep, tokenizer, kept, stored, pin=device.type == "cuda")
+            make = Maker(plan, pairs, source, taught, needs, keep, tokenizer, kept, shown, pin=device.type == "cuda")
             teachers = match_temperatures(config, teachers, make)
             training = _start(config, model, teachers, plan, share, finish, DTYPES[settings["precision"]])
             validate = make_validation(config, stores, source, pairs, keep, tokenizer, on_progress)
@@ -125,7 +131,7 @@ def _distill(
             result = _result(path, pairs, training)
             if world.first:
                 student = _export(path, student, training, stores[0] if stores else None)
-                write_json(path / RUN, _provenance(settings, stores, source, pairs, plan, student, training, result))
+                write_json(path / RUN, _provenance(settings, stores, online, source, pairs, plan, student, training, result))
     return result
 
 
@@ -144,7 +150,7 @@ def _open_source(config: DistillConfig, stores: Sequence[Store]) -> Source:
     if config.data is not None:
         return open_source(config.data)
     if not stores:
-        raise ConfigError("A student without a teacher needs images.", "Give --data SOURCE.")
+        raise ConfigError("Without a store nothing says where the images are.", "Give --data SOURCE.")
     return open_source(stores[0].recorded_source)
 
 
@@ -170,10 +176,14 @@ def _pairs(config: DistillConfig, stores: Sequence[Store], source: Source, num_t
     return pairs
 
 
-def _settings(config: DistillConfig, stores: Sequence[Store], source: Source, live: Sequence[Targets], precision: str, views: str) -> dict[str, Any]:
+def _settings(
+    config: DistillConfig, stores: Sequence[Store], source: Source, online: OnlineTargets | None, live: Sequence[Targets], precision: str, views: str
+) -> dict[str, Any]:
     """All that decides the result of a run, so that a run folder is continued by the same run only."""
     chosen = {name: value for name, value in as_dict(config).items() if name not in MACHINE}
     features = [digest for store in stores for digest in store.digests] or [type(targets).__name__ for targets in live]
+    if online is not None:
+        features = [digest_of(online.identity)]
     fingerprint = fingerprint_of((source.key(i), source.captions(i)) for i in range(len(source)))
     if (architecture := local_config(config.student)) is not None:
         chosen["student_config"] = digest_of(architecture)
@@ -215,7 +225,15 @@ def _result(path: Path, pairs: Pairs, t: Training) -> DistillResult:
 
 
 def _provenance(
-    settings: dict[str, Any], stores: Sequence[Store], source: Source, pairs: Pairs, plan: BatchPlan, student: Student, t: Training, result: DistillResult
+    settings: dict[str, Any],
+    stores: Sequence[Store],
+    online: OnlineTargets | None,
+    source: Source,
+    pairs: Pairs,
+    plan: BatchPlan,
+    student: Student,
+    t: Training,
+    result: DistillResult,
 ) -> dict[str, Any]:
     """What run.json says: where the student comes from and what making it took."""
     model = student.model
@@ -225,6 +243,7 @@ def _provenance(
         "settings_digest": digest_of(settings),
         "config": as_dict(t.config),
         "stores": [{"path": str(store.path), "digests": store.digests, "identity": store.identity} for store in stores],
+        "online": None if online is None else online.identity,
         "source": source.spec,
         "pairs": {
             "used": len(pairs),

@@ -1,15 +1,15 @@
 """What the student sees: views of each image and the tokens of each caption, prepared once and kept in memory within a budget.
 
 A view is kept as the uint8 pixels after resize and crop, a quarter of the float tensor; conversion and normalisation happen on the whole batch, on the
-student's device, with the bits that the student's own preprocessing gives. There are no views but the plain one and those that the store holds a target
-of, drawn again from its numbers: a random augmentation would be another view than the one the target belongs to.
+student's device, with the bits that the student's own preprocessing gives. Beside a store there are no views but the plain one and those that it holds a
+target of, drawn again from its numbers: a random augmentation would be another view than the one the target belongs to.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,30 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor  # type: ignore[import-untyped]
 
+from kdstore.data.source import LoadedImage, Source, UndecodableImage
+from kdstore.errors import SourceError
+
 Pixels = npt.NDArray[Any]
+
+
+class Views(Protocol):
+    """Views of images, `count` of each with the plain view 0."""
+
+    @property
+    def count(self) -> int: ...
+
+    def picture(self, image: Image.Image, row: int, view: int) -> Image.Image:
+        """Draw a view of the image of a target row."""
+        ...
+
+
+def readable_image(source: Source, row: int) -> LoadedImage:
+    """Read the image of a row; raises SourceError if it cannot be decoded."""
+    try:
+        return source.image(row)
+    except UndecodableImage as e:
+        hint = "Extract a store of this data and give it as --cache: it leaves bad images out."
+        raise SourceError(f"Image {source.key(row)} cannot be decoded: {e.reason}.", hint) from e
 
 
 class Kept:
