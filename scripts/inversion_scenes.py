@@ -29,6 +29,7 @@ from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json
 
 ALONE, OWN = "no teacher", "own size"
+UNIT_ROWS = 1024  # what an interrupted extraction does again at most
 RECALLS = {"T→I": "image_retrieval_recall@1", "I→T": "text_retrieval_recall@1"}
 
 Scores = dict[str, float]  # direction -> recall@1 in percent
@@ -107,7 +108,8 @@ def store_path(config: InversionConfig, teacher: str) -> Path:
 def make_store(config: InversionConfig, teacher: str) -> None:
     """Extract a teacher's store where there is none yet; the teacher of the student's own size is trained first."""
     model = str(distill(own_run(config)).path) if teacher == OWN else teacher
-    extract(ExtractConfig(teacher=model, data=f"scenes/train:{config.images}", out=str(store_path(config, teacher)), device=config.device))
+    data, out = f"scenes/train:{config.images}", str(store_path(config, teacher))
+    extract(ExtractConfig(teacher=model, data=data, out=out, device=config.device, unit_rows=UNIT_ROWS))
 
 
 def recalls(config: InversionConfig, model: str, digest: str, *, only_kept: bool = False) -> Scores | None:
