@@ -12,9 +12,11 @@ from kdstore.data.scenes import Scenes
 from kdstore.data.sources import open_source
 from kdstore.errors import DiskFull, IdentityMismatch, KdstoreError, ModelError, SourceError
 from kdstore.extract.config import ExtractConfig
+from kdstore.extract.job import prepare
 from kdstore.extract.run import extract
+from kdstore.extract.units import Tally
 from kdstore.jsonfile import read_json
-from kdstore.models.encode import encode_image_tokens, encode_text, encode_text_tokens
+from kdstore.models.encode import encode_image_tokens, encode_text, encode_text_and_tokens, encode_text_tokens
 from kdstore.models.load import load_model
 from kdstore.store import Plan, open_store, verify_store
 
@@ -42,6 +44,31 @@ def test_cached_features_equal_live_ones(tmp_path):
     hidden, lengths = encode_text_tokens(model, texts[:9])
     assert np.abs(store.gather("text/tokens", np.arange(9)) - hidden.numpy()).max() < 2e-3
     assert store.gather("text/length", np.arange(9)).tolist() == lengths.tolist()
+
+
+@pytest.mark.parametrize("kept", [1 << 30, 20_000])
+def test_equal_captions_go_through_the_text_tower_once(kept, tmp_path, monkeypatch):
+    """In the whole unit, or among as many as may be kept: 20,000 bytes are two captions of 32 x 64 float32."""
+    monkeypatch.setattr("kdstore.extract.units.DISTINCT_BYTES", kept)
+    captions = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "circle", "cross")] * 3 + ["the last"]
+    for k in range(len(captions)):
+        Image.new("RGB", (64, 64), (k, 9, 9)).save(tmp_path / f"{k}.png")
+    (tmp_path / "rows.csv").write_text("path,caption\n" + "".join(f"{k}.png,{text}\n" for k, text in enumerate(captions)))
+    job, seen = prepare(config(tmp_path / "s", data=str(tmp_path / "rows.csv"), tokens="both", views=1, batch=1), str), []
+    job.extractor.model.clip.token_embedding.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    done = Tally()
+    with job.open_writer() as writer:
+        for unit in writer.pending():
+            with writer.attempt(unit) as attempt:
+                done += job.extractor.write(attempt, unit, lambda tally: None)
+        writer.finalise({})
+    job.extractor.close()
+    assert (sum(seen) == 10) == (kept == 1 << 30)
+    assert (done.texts, done.encoded) == (28, 2 * 28 + sum(seen))  # a picture for each view
+    store = open_store(tmp_path / "s")
+    found = encode_text_and_tokens(job.extractor.model, captions)
+    for name, live in zip(("text/embedding", "text/tokens", "text/length"), found, strict=True):
+        np.testing.assert_allclose(store.gather(name, np.arange(28)), live.numpy(), atol=2e-3)
 
 
 def test_batch_size_and_threads_do_not_enter_the_identity(tmp_path):

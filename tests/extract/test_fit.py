@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kdstore.data.scenes import Scenes
 from kdstore.distill.targets import StoreTargets
@@ -99,8 +100,6 @@ def test_the_teacher_runs_again_on_coded_features(whole, tmp_path):
 
 
 def test_an_undecodable_image_has_code_0_and_no_features(tmp_path):
-    from PIL import Image
-
     for k in range(12):
         Image.new("RGB", (70, 64), (20 * k, 9, 250 - 20 * k)).save(tmp_path / f"{k}.png")
     (tmp_path / "2.png").write_text("no image")
@@ -198,3 +197,13 @@ def test_texts_that_have_no_features_end_a_run_as_images_do(tmp_path):
         with pytest.raises(SourceError, match=r"of the first [0-9]+ texts are not valid"):
             extract(config(tmp_path / "s", **settings, **changes))
     assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+def test_equal_captions_are_on_one_side_of_what_a_codec_is_fitted_and_measured_on(tmp_path):
+    captions = ["one star"] * 5 + ["two stars"] * 4 + ["a red cross"] * 3 + ["a blue circle"] * 2
+    for k in range(len(captions)):
+        Image.new("RGB", (64, 64), (15 * k, 9, 9)).save(tmp_path / f"{k}.png")
+    (tmp_path / "rows.csv").write_text("path,caption\n" + "".join(f"{k}.png,{text}\n" for k, text in enumerate(captions)))
+    extract(config(tmp_path / "s", data=str(tmp_path / "rows.csv"), encode="int8"))
+    record = open_store(tmp_path / "s").codecs["text/embedding"].record
+    assert (record["fit"]["rows"], record["held_out"]["rows"]) == (12, 2)

@@ -19,7 +19,16 @@ from timm.models.fastvit import RepConditionalPosEnc
 
 from kdstore.errors import ModelError
 from kdstore.models import encode
-from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens, image_token_form, text_lengths, text_token_form
+from kdstore.models.encode import (
+    encode_image,
+    encode_image_tokens,
+    encode_text,
+    encode_text_and_tokens,
+    encode_text_tokens,
+    image_token_form,
+    text_lengths,
+    text_token_form,
+)
 from kdstore.models.load import load_model
 from kdstore.models.names import resolve
 
@@ -208,7 +217,8 @@ def test_text_states_are_those_of_open_clips_own_forward_pass(models, arch):
         theirs = model.clip.encode_text(model.tokenizer(texts), normalize=False)
     handle.remove()
     assert torch.equal(encode_text(model, texts), theirs)
-    hidden, lengths = encode_text_tokens(model, texts)
+    embedding, hidden, lengths = encode_text_and_tokens(model, texts)
+    assert torch.equal(embedding, theirs)
     assert lengths.tolist() == [5, 10]
     for i, n in enumerate(lengths.tolist()):
         assert torch.allclose(hidden[i, :n], seen[0][i, :n], atol=1e-5)
@@ -292,6 +302,8 @@ def test_every_tower_is_traced_whole_and_gives_the_same_when_compiled(models, ar
     for a, b in zip(encode_image_tokens(model, image), encode_image_tokens(compiled, image), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
     assert torch.allclose(encode_text(model, texts), encode_text(compiled, texts), atol=1e-4)
+    for a, b in zip(encode_text_and_tokens(model, texts), encode_text_and_tokens(compiled, texts), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_a_length_counts_the_end_of_a_text_also_where_its_id_pads():
@@ -332,8 +344,9 @@ def test_hugging_face_text_towers_give_their_last_states(tmp_path):
         model.clip.text.output_tokens = True
         pooled, states = model.clip.text(model.tokenizer(texts))
         model.clip.text.output_tokens = False
-    hidden, lengths = encode_text_tokens(model, texts)
-    assert torch.allclose(encode_text(model, texts), pooled, atol=1e-5)
+    embedding, hidden, lengths = encode_text_and_tokens(model, texts)
+    assert torch.equal(encode_text(model, texts), embedding)
+    assert torch.allclose(embedding, pooled, atol=1e-5)
     assert all(torch.allclose(hidden[i, :n], states[i, :n], atol=1e-5) for i, n in enumerate(lengths.tolist()))
     assert text_token_form(model).encoding == {"layer": "last_hidden_state", "pad_id": 0}
     with pytest.raises(ModelError, match="last layer alone"):

@@ -18,7 +18,7 @@ import torch
 
 from kdstore.errors import ConfigError, ModelError
 from kdstore.extract.config import ExtractConfig
-from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_tokens
+from kdstore.models.encode import encode_image, encode_image_tokens, encode_text, encode_text_and_tokens
 from kdstore.models.load import Model
 from kdstore.models.memory import Fitting
 from kdstore.progress import OnProgress
@@ -27,11 +27,11 @@ from kdstore.store.layout import BUILD, MANIFEST
 
 SEED = 0
 VECTORS = 32_768  # of one array: 39 per centroid are 9,984, 20 per channel of the widest towers
-HELD_OUT = 4  # every fourth row of the sample
+HELD_OUT = 4  # every fourth place of the sample
 _PAIRED = 1024  # images and texts whose logits are compared
 Float32 = npt.NDArray[np.float32]
 Batch = tuple[npt.NDArray[np.int64], dict[str, Float32], npt.NDArray[np.int64] | None]
-"""Places of rows in the sample [B], their features by array [B, ...], and the lengths of texts [B]."""
+"""Places of rows in the sample, of texts among the distinct ones [B], their features by array [B, ...], and the lengths of texts [B]."""
 
 
 @dataclass
@@ -100,15 +100,11 @@ def sampled(
                 features["image/embedding"] = features["image/embedding"][views - 1 :: views]
                 yield start + np.flatnonzero([image is not None for image in pixels]), features, None
             on_progress("fit codecs", start + len(pixels), total, "images")
+    distinct: dict[str, int] = {}  # equal captions have one place, so that none is both fitted on and held out
     for start in range(0, len(text_rows), config.batch):
         texts = plan.captions.take(text_rows[start : start + config.batch]).to_pylist()
-        features, length_B = {}, None
-        if "text" in config.embedded_sides:
-            features["text/embedding"] = fitting.run("text", lambda some: (encode_text(model, some),), texts)[0].cpu().numpy()
-        if config.tokens in ("text", "both"):
-            hidden_BLW, lengths = fitting.run("text", lambda some: encode_text_tokens(model, some, config.token_layer), texts)
-            features["text/tokens"], length_B = hidden_BLW.cpu().numpy(), lengths.cpu().numpy()
-        yield np.arange(start, start + len(texts)), features, length_B
+        found = text_features(config, model, fitting, texts)
+        yield np.array([distinct.setdefault(text, len(distinct)) for text in texts]), found, found.pop("text/length", None)
         on_progress("fit codecs", len(image_rows) + start + len(texts), total, "texts")
 
 
@@ -129,6 +125,15 @@ def image_features(config: ExtractConfig, model: Model, fitting: Fitting, pixels
         (embedding_BD,) = fitting.run("image", lambda some: (encode_image(model, some),), alone.flatten(0, 1))
         embeddings.append(embedding_BD.unflatten(0, alone.shape[:2]))
     return found | {"image/embedding": torch.cat(embeddings, 1).flatten(0, 1).cpu().numpy()}
+
+
+def text_features(config: ExtractConfig, model: Model, fitting: Fitting, texts: list[str]) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of features that a run writes of texts, float32, and with tokens their lengths int64 [B]: all from one forward pass."""
+    if config.tokens not in ("text", "both"):
+        return {"text/embedding": fitting.run("text", lambda some: (encode_text(model, some),), texts)[0].cpu().numpy()}
+    found = fitting.run("text", lambda some: encode_text_and_tokens(model, some, config.token_layer), texts)
+    features = dict(zip(("text/embedding", "text/tokens", "text/length"), (value.cpu().numpy() for value in found), strict=True))
+    return {name: value for name, value in features.items() if name != "text/embedding" or "text" in config.embedded_sides}
 
 
 def fit_codecs(

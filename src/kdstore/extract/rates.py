@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.units import Tally
-from kdstore.models.encode import encode_image, image_token_form, text_token_form
+from kdstore.models.cost import gmacs
+from kdstore.models.encode import image_token_form, text_token_form
 from kdstore.models.load import DTYPES, Model
 
 _PEAK_SECONDS = 0.2
@@ -20,8 +20,8 @@ _PEAK_SECONDS = 0.2
 class Rates:
     """Images per second of each stage had it run alone, in one process (0 without images), and the stage that held the run back, of texts too.
 
-    `reading` is that of all decoding threads together. `share_of_peak`: the image tower's floating point operations per second of the model's time, over those
-    of a large matrix product on the same device in the same precision; None where nothing was computed.
+    `reading` is that of all decoding threads together. `share_of_peak`: operations of both towers per second of the model's time, over those of a large
+    matrix product on the same device in the same precision; None where nothing was computed, or by workers, whose devices may be others.
     """
 
     reading: float
@@ -42,17 +42,20 @@ def rates_of(config: ExtractConfig, model: Model, images: Tally, texts: Tally, s
     if config.tokens in ("text", "both"):
         tokens += texts.texts * text_token_form(model, config.token_layer).shape[0]
     taken = {"reading": images.decoding, "model": images.model + texts.model, "writing": images.writing + texts.writing}
-    share = None
-    if images.images > images.invalid and images.model:
-        share = round(image_flops(model) * (images.images - images.invalid) / images.model / peak_flops(model), 4)
+    share, elsewhere = None, config.workers or config.scheduler  # on devices that this process does not see
+    if not elsewhere and images.encoded + texts.encoded:
+        share = round(flops_of(model, images.encoded, texts.encoded) / taken["model"] / peak_flops(model), 4)
     return Rates(**rates, bottleneck=max(taken, key=lambda name: taken[name]), tokens_per_second=round(tokens / seconds, 1), share_of_peak=share)
 
 
-def image_flops(model: Model) -> int:
-    """Count the floating point operations of one image through the image tower (two per multiplication with addition)."""
-    with FlopCounterMode(display=False) as counter:
-        encode_image(model, torch.zeros(1, 3, *model.image_size))
-    return int(counter.get_total_flops())
+def flops_of(model: Model, pictures: int, texts: int) -> float:
+    """Count the floating point operations of so many pictures and texts through their towers (two per multiplication with addition)."""
+    clip, count = model.clip, 0.0
+    if pictures:
+        count += pictures * gmacs(clip.encode_image, torch.zeros(1, 3, *model.image_size, device=model.device))
+    if texts:
+        count += texts * gmacs(clip.encode_text, model.tokenizer(["a"]).to(model.device))
+    return 2e9 * count
 
 
 def peak_flops(model: Model) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import threading
 import time
@@ -26,15 +27,16 @@ from kdstore.data.images import reason_of
 from kdstore.data.source import Source, UndecodableImage
 from kdstore.errors import SourceError
 from kdstore.extract.config import ExtractConfig
-from kdstore.extract.fit import encoded, image_features
+from kdstore.extract.fit import encoded, image_features, text_features
 from kdstore.extract.parent import RowsOfStore
 from kdstore.extract.views import augmentation_of, numbers_of, pictures_of
-from kdstore.models.encode import encode_text, encode_text_tokens, in_batches
+from kdstore.models.encode import text_token_form
 from kdstore.models.load import Model
 from kdstore.models.memory import Fitting
 from kdstore.store import ArraySpec, Attempt, Codec, Plan, Unit
 
 AHEAD = 2  # batches decoded before the model asks for them, and written after it has ended
+DISTINCT_BYTES = 1 << 30  # of features of captions that are kept in case they come again
 ENOUGH = 100  # images from which a share of undecodable ones is believed
 BAD_VALUES = "its features are no finite numbers of the stored type"
 _NUMBERS = {"image/view", "text/length"}  # beside features, never bad
@@ -43,10 +45,14 @@ _TEXT = {"valid": 1}
 
 @dataclass(frozen=True)
 class Tally:
-    """What was done, and the seconds that it took: of decoding those of one thread over their number, of the rest as they passed."""
+    """What was done, and the seconds that it took: of decoding those of one thread over their number, of the rest as they passed.
+
+    `encoded` are pictures or texts that went through the model: views count each, equal captions once.
+    """
 
     images: int = 0
     texts: int = 0
+    encoded: int = 0
     invalid: int = 0
     decoding: float = 0.0
     model: float = 0.0
@@ -93,6 +99,8 @@ class Extractor:
         self._augmentation = augmentation_of(config, model)
         self._views = range(1 + config.views)
         self.images_at_once = max(1, config.batch // len(self._views))  # a batch is of pictures, and all of an image are in one
+        text_shape = text_token_form(model, config.token_layer).shape if "text/tokens" in self._specs else (1, model.embed_dim)
+        self._distinct_texts = max(1, DISTINCT_BYTES // (4 * math.prod(text_shape)))
         self._decoders = ThreadPoolExecutor(config.decoders, "decode", _give_way if model.device.type == "cpu" else None)
         self._writer = ThreadPoolExecutor(1, "write")
 
@@ -166,27 +174,39 @@ class Extractor:
             first += len(rows)
             reasons = [info["reason"] for info in rows if not info["valid"]] or [""]
             yield (
-                Tally(images=len(rows), invalid=int((~valid).sum()), decoding=seconds, model=time.perf_counter() - started, last_reason=reasons[-1]),
+                Tally(
+                    images=len(rows),
+                    encoded=len(pixels) * len(self._views),
+                    invalid=int((~valid).sum()),
+                    decoding=seconds,
+                    model=time.perf_counter() - started,
+                    last_reason=reasons[-1],
+                ),
                 lambda features=features, valid=valid, rows=rows: self._append(attempt, "image/", features, valid, rows),  # type: ignore[misc]
             )
 
     def _texts(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], int]]]:
-        batch, started, embedding_MD = 4 * self._config.batch, time.perf_counter(), None
-        if "text/embedding" in self._specs:  # of the whole unit: equal captions are computed once
-            encode = lambda part: self.fitting.run("text", lambda some: (encode_text(self.model, some),), part)[0]  # noqa: E731
-            embedding_MD = in_batches(encode, self._plan.texts(unit.start, unit.stop), batch).numpy()
-        for start in range(unit.start, unit.stop, batch):
-            texts = self._plan.texts(start, min(start + batch, unit.stop))
-            features = {} if embedding_MD is None else {"text/embedding": embedding_MD[start - unit.start :][: len(texts)]}
-            if "text/tokens" in self._specs:
-                hidden_BLW, length_B = self.fitting.run("text", lambda some: encode_text_tokens(self.model, some, self._config.token_layer), texts)
-                features |= {"text/tokens": hidden_BLW.cpu().numpy(), "text/length": length_B.cpu().numpy()}
-            valid = np.ones(len(texts), bool)
-            yield (
-                Tally(texts=len(texts) if features else 0, model=time.perf_counter() - started),
-                lambda features=features, valid=valid: self._append(attempt, "text/", features, valid),  # type: ignore[misc]
-            )
-            started = time.perf_counter()
+        if not any(name.startswith("text/") for name in self._specs):
+            yield Tally(), lambda: self._append(attempt, "text/", {}, np.ones(len(unit), bool))  # the index alone
+            return
+        batch, started = 4 * self._config.batch, time.perf_counter()
+        for distinct, place_N in _spans(self._plan.texts(unit.start, unit.stop), self._distinct_texts):
+            kept: dict[str, npt.NDArray[Any]] = {}
+            newest_N, row = np.maximum.accumulate(place_N), 0
+            for start in range(0, len(distinct), batch):
+                part = distinct[start : start + batch]
+                for name, values in text_features(self._config, self.model, self.fitting, part).items():
+                    kept.setdefault(name, np.empty((len(distinct), *values.shape[1:]), values.dtype))[start : start + len(part)] = values
+                ready, encoded_now = int(np.searchsorted(newest_N, start + batch)), len(part)
+                for first in range(row, ready, batch):
+                    rows = place_N[first : min(first + batch, ready)]
+                    features, valid = {name: values[rows] for name, values in kept.items()}, np.ones(len(rows), bool)
+                    yield (
+                        Tally(texts=len(rows), encoded=encoded_now, model=time.perf_counter() - started),
+                        lambda features=features, valid=valid: self._append(attempt, "text/", features, valid),  # type: ignore[misc]
+                    )
+                    started, encoded_now = time.perf_counter(), 0
+                row = ready
 
     def _append(
         self, attempt: Attempt, side: str, features: Mapping[str, npt.NDArray[Any]], valid: npt.NDArray[np.bool_], rows: Sequence[dict[str, Any]] = ()
@@ -237,6 +257,18 @@ def _give_way() -> None:
     """Leave the cores to the threads of a model on the CPU: they wait for each other, so that one of them held up holds up all."""
     with contextlib.suppress(AttributeError, OSError):  # no such call, or not allowed
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # at 19 they starve where others work too
+
+
+def _spans(texts: list[str], most: int) -> Iterator[tuple[list[str], npt.NDArray[np.int64]]]:
+    """Cut texts into spans of at most `most` distinct ones; yields these in order of appearance, and the place among them of each text of the span [N]."""
+    distinct: dict[str, int] = {}
+    places: list[int] = []
+    for text in texts:
+        if text not in distinct and len(distinct) == most:
+            yield list(distinct), np.array(places)
+            distinct, places = {}, []
+        places.append(distinct.setdefault(text, len(distinct)))
+    yield list(distinct), np.array(places)
 
 
 def _timed(decode: Callable[[int], Any], row: int) -> tuple[Any, float]:

@@ -7,6 +7,7 @@ same number "GMACs" or "FLOPs".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +38,15 @@ def cost_of(name: str) -> Cost:
         clip = open_clip.create_model(resolved.open_clip_name, load_weights=False, pretrained_text=False, device="meta").eval()
         pixels = clip.visual.image_size if isinstance(clip.visual.image_size, int) else clip.visual.image_size[0]
         image_BCHW, tokens_BL = torch.empty(1, 3, pixels, pixels), torch.ones(1, clip.context_length, dtype=torch.long)
-        image_gmacs, text_gmacs = _gmacs(clip, image=image_BCHW), _gmacs(clip, text=tokens_BL)
+        image_gmacs, text_gmacs = gmacs(clip.encode_image, image_BCHW), gmacs(clip.encode_text, tokens_BL)
     counts = parameter_counts(clip)
     in_image = sum(p.numel() for p in clip.visual.parameters())
     return Cost(counts["total"], counts["without_token_embedding"], in_image, image_gmacs, text_gmacs, pixels)
 
 
-def _gmacs(clip: Any, **sample: torch.Tensor) -> float:
+def gmacs(encode: Callable[[torch.Tensor], Any], sample: torch.Tensor) -> float:
+    """Count the GMACs of a forward pass, by running it."""
     # With gradients, because torch's fused attention of inference is one operation that its counter does not know.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        clip(**sample)
+        encode(sample)
     return float(counter.get_total_flops()) / 2e9

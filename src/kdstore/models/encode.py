@@ -52,12 +52,17 @@ def encode_text(model: Model, texts: list[str]) -> torch.Tensor:
 
 def encode_text_tokens(model: Model, texts: list[str], layer: str = "last") -> tuple[torch.Tensor, torch.Tensor]:
     """Return the text tower's hidden states of a layer float32 [B, L, W] (zero past the end) and the lengths int64 [B]."""
+    return encode_text_and_tokens(model, texts, layer)[1:]
+
+
+def encode_text_and_tokens(model: Model, texts: list[str], layer: str = "last") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `encode_text` and `encode_text_tokens` do, float32 [B, D], float32 [B, L, W] and int64 [B], from one forward pass."""
     ids_BL = model.tokenizer(texts).to(model.device)
     length_B = text_lengths(ids_BL, model.pad_id, ends_padded=model.pad_id == model.end_id)
     with _inference(model):
-        hidden_BLW = _compiled(model, towers.text_tokens)(model.clip, ids_BL, towers.block_of(layer)).float()
+        embedding_BD, hidden_BLW = _compiled(model, towers.text_tokens)(model.clip, ids_BL, towers.block_of(layer))
     inside_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < length_B[:, None]
-    return hidden_BLW * inside_BL[..., None], length_B
+    return embedding_BD.float(), hidden_BLW.float() * inside_BL[..., None], length_B
 
 
 def text_token_form(model: Model, layer: str = "last") -> TokenForm:

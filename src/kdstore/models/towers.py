@@ -53,14 +53,16 @@ def text_embedding(clip: Any, ids_BL: torch.Tensor) -> torch.Tensor:
     return embedding_BD
 
 
-def text_tokens(clip: Any, ids_BL: torch.Tensor, block: int | None) -> torch.Tensor:
-    """Return the hidden states of a block [B, L, W], one for each token id (a class token that the tower adds is left out)."""
+def text_tokens(clip: Any, ids_BL: torch.Tensor, block: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embed texts [B, D] and keep the hidden states of a block [B, L, W], one for each token id (not of a class token that the tower adds), from one pass."""
     text = _text_tower(clip)
     if isinstance(text, HFTextEncoder):
-        hidden_BLW: torch.Tensor = text.transformer(input_ids=ids_BL, attention_mask=(ids_BL != text.config.pad_token_id).long()).last_hidden_state
-        return hidden_BLW
+        inside_BL = (ids_BL != text.config.pad_token_id).long()
+        out = text.transformer(input_ids=ids_BL, attention_mask=inside_BL)
+        return text.proj(text.pooler(out, inside_BL)), out.last_hidden_state
     taken = {"text_indices": 1 if block is None else [block], "normalize_intermediates": block is None and _norms_its_texts(text)}
-    return clip.forward_intermediates(text=ids_BL, intermediates_only=True, **taken)["text_intermediates"][0]
+    out = clip.forward_intermediates(text=ids_BL, normalize=False, **taken)
+    return out["text_features"], out["text_intermediates"][0]
 
 
 def image_token_form(clip: Any, layer: str, image_1CHW: torch.Tensor) -> TokenForm:
@@ -81,7 +83,7 @@ def text_token_form(clip: Any, layer: str, ids_1L: torch.Tensor) -> TokenForm:
         place = {"layer": "last_hidden_state"}
     else:
         raise ModelError(f"A Hugging Face text tower gives the states of its last layer alone, not of layer {layer}.", "Leave --token-layer out.")
-    hidden_1LW = text_tokens(clip, ids_1L, block_of(layer))
+    _, hidden_1LW = text_tokens(clip, ids_1L, block_of(layer))
     return TokenForm((hidden_1LW.shape[1], hidden_1LW.shape[2]), place)
 
 
