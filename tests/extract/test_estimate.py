@@ -26,13 +26,21 @@ def test_rows_arrays_files_and_bytes_are_those_of_the_run(tmp_path, changes):
     shards = sum(path.stat().st_size for name in found.arrays for path in (tmp_path / "s" / name / "c").rglob("*") if path.is_file())
     assert found.bytes < shards < 2 * found.bytes  # chunks are filled up, and end in their crc32c
     assert found.hours > 0
-    assert found.bottleneck in ("reading", "model")
+    assert found.bottleneck in ("reading", "model", "writing")
+    assert min(found.images_written, found.texts_written) > 0
 
 
 def test_many_processes_take_a_part_of_the_hours_each(tmp_path):
     alone, shared = (estimate(ExtractConfig(**SHARED, out=str(tmp_path / "s"), **more)) for more in ({}, {"part": "3/1000"}))
     assert shared.processes == 1000
     assert shared.hours < alone.hours
+
+
+def test_hours_are_not_shared_by_workers_on_the_same_cores_or_of_a_number_that_nobody_knows(tmp_path):
+    cores, cluster = (estimate(ExtractConfig(**SHARED, out=str(tmp_path / "s"), **more)) for more in ({"workers": 8}, {"scheduler": "tcp://h:1"}))
+    assert (cores.processes, cluster.processes) == (1, 1)
+    assert any("8 workers share one device" in notice for notice in cores.notices)
+    assert any("per worker" in notice for notice in cluster.notices)
 
 
 def test_images_that_need_not_be_read_take_no_time(tmp_path):
