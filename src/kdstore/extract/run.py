@@ -208,7 +208,7 @@ def _on_cluster(run: _Run, writer: StoreWriter, pending: list[Unit]) -> None:
     job = run.job
     if job.config.workers:  # share the cores of this machine; workers elsewhere count their own
         job = replace(job, config=replace(job.config, threads=job.config.decoders))
-    failed = extract_on_cluster(job, writer, pending, run.add)
+    failed = extract_on_cluster(job, writer, pending, run.add, run.say, run.on_progress)
     if failed:
         last, why = list(failed.items())[-1]
         raise ExtractError(
