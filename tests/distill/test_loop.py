@@ -179,6 +179,27 @@ def test_steps_that_are_not_finite_end_the_run_when_they_repeat(config: DistillC
     assert not (Path(config.out or "") / "checkpoint.pt").exists()
 
 
+def test_fp16_ends_a_run_whose_gradients_are_never_finite(config: DistillConfig) -> None:
+    config = dataclasses.replace(
+        config, loss="clip + 1e30*fd", projector="always", precision="fp16", samples=40 * config.batch_size, max_skipped=3, log_every=1
+    )
+    with pytest.raises(RunError, match=r"grad_norm is (nan|inf), in each of 3 steps"):
+        distill(config)
+
+
+def test_a_student_with_batch_norm_goes_on_only_with_as_many_pairs_at_once(config: DistillConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, student="scenes-T", save_every=1)
+
+    def stop(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "distill" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, on_progress=stop)
+    with pytest.raises(RunError, match=f"Batch norm saw {config.batch_size} pairs at once in this run, and would see 2"):
+        distill(dataclasses.replace(config, resume=True, micro_batch=2))
+
+
 # The average of the weights
 
 

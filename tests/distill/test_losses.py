@@ -154,7 +154,7 @@ def ref_gd(x: Inputs, power: int) -> float:
         gradients = []
         for p, k, t in ((image, text, float(x.scale)), (unit(x.teacher_image), unit(x.teacher_text), TEACHER_SCALE)):
             p, k = (p, k) if first else (k, p)
-            residual = softmax(t**power * p @ k.T) - x.target
+            residual = softmax(t**power * p @ k.T) - (x.target if power == 1 else np.eye(B))
             g_p = np.einsum("ij,jd->ijd", residual, k).sum(axis=1) * t**power / B
             g_k = np.einsum("ij,id->ijd", residual, p).sum(axis=0) * t**power / B
             gradients.append((g_p, g_k))

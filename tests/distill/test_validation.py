@@ -73,8 +73,9 @@ def test_agreement_with_the_teacher_is_that_of_projected_rows(config: DistillCon
     assert last["validation/teacher_top1_text_of_image"] == pytest.approx(expected)
 
 
-def test_widths_that_no_projector_brings_together_have_no_cosine(config: DistillConfig, store: Path, tmp_path: Path) -> None:
-    distill(dataclasses.replace(config, loss="crd", validate_cache=str(store)))
+@pytest.mark.parametrize("loss", ["crd", "none"])
+def test_widths_that_no_projector_brings_together_have_no_cosine(loss: str, config: DistillConfig, store: Path, tmp_path: Path) -> None:
+    distill(dataclasses.replace(config, loss=loss, validate_cache=str(store)))
     names = scores(tmp_path / "run")[-1].keys()
     assert "validation/teacher_top1_image_of_text" in names
     assert not any("cosine" in name for name in names)

@@ -67,6 +67,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.average = Average(self.clip, c.ema) if c.ema else None
         self.statistics = [buffer for module in self.clip.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
+        self.statistics_of = self.share.piece * self.share.world.size if self.statistics else None  # batch norm's; it is synchronised
         self.run_encode = torch.compile(self.encode) if c.compile else self.encode
 
     def encode(self, batch: Batch) -> Encoded:
@@ -131,11 +132,12 @@ class Training:
     def count(self, step: int, values: dict[str, float]) -> None:
         """Count a step that was left out; raises RunError if too many in a row were.
 
-        Under gradient scaling a norm may overflow, which lowers the scale and is no sign of a broken run.
+        Under gradient scaling a norm may overflow, which lowers the scale and is no sign of a broken run until the scale is below 1.
         """
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         self.skipped += bool({"loss", "grad_norm"} & bad.keys())
-        self.in_a_row = self.in_a_row + 1 if "loss" in bad or ("grad_norm" in bad and not self.scaler.is_enabled()) else 0
+        overflows = self.scaler.is_enabled() and "loss" not in bad and self.scaler.get_scale() >= 1
+        self.in_a_row = self.in_a_row + 1 if {"loss", "grad_norm"} & bad.keys() and not overflows else 0
         if self.in_a_row >= self.config.max_skipped:
             said = ", ".join(f"{name} is {value}" for name, value in bad.items())
             in_a_row = f", in each of {self.in_a_row} steps" if self.in_a_row > 1 else ""
@@ -155,12 +157,18 @@ class Training:
             "clock": {name: getattr(self, name) for name in CLOCK},
             "latest": self.latest,
             "validation": self.validation,
+            "statistics_of": self.statistics_of,
             "settings": settings_digest,
         }
         return checkpoint_bytes(state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint of this state was taken."""
+        """Go on where a checkpoint of this state was taken; raises RunError if batch norm would see another number of pairs at once."""
+        if state["statistics_of"] != self.statistics_of:
+            raise RunError(
+                f"Batch norm saw {state['statistics_of']} pairs at once in this run, and would see {self.statistics_of}.",
+                "Give the micro_batch and the number of processes that the run was begun with.",
+            )
         self.clip.load_state_dict(state["clip"])
         self.objective.load_state_dict(state["objective"])
         self.optimiser.load_state_dict(state["optimiser"])

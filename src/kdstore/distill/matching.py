@@ -46,17 +46,18 @@ def gd(f: Features) -> Tensor:
     """Gradient distillation, literal: sum of four MSEs between student's and teacher's gradients of the task, with logits divided by the scale.
 
     CLIP-KD (arXiv 2307.12732), published weight 1e8: with R = p(Z) - I, Z = p k' / t, g_p = R k / (t B), g_k = R' p / (t B) for (p, k) = (images, texts) and
-    (texts, images). Dividing by t makes the softmax nearly uniform and these no gradients of the task: `gd-true`. Needs embeddings, the logit scale.
+    (texts, images). Dividing by t makes the softmax nearly uniform and these no gradients of the task: `gd-true`. I is the identity, also where captions are
+    equal: gradients of single rows, unlike the loss, depend on it. Needs embeddings and the teacher's logit scale.
     """
-    return _gradient_mse(f, -1)
+    return _gradient_mse(f, -1, torch.eye(len(f.positives_BB), dtype=f.positives_BB.dtype, device=f.positives_BB.device))
 
 
 def gd_true(f: Features) -> Tensor:
     """Gradient distillation with the gradients of the task itself: Z = t p k', g_p = t R k / B, g_k = t R' p / B.
 
-    Ours, after CLIP-KD's; its weight is not that of `gd`, and none is published. Needs embeddings and the teacher's logit scale.
+    Ours, after CLIP-KD's, with the targets of `clip`; its weight is not that of `gd`, and none is published. Needs embeddings and the teacher's logit scale.
     """
-    return _gradient_mse(f, 1)
+    return _gradient_mse(f, 1, f.positives_BB)
 
 
 def rkd_d(f: Features) -> Tensor:
@@ -101,17 +102,17 @@ def unic(teachers: Sequence[Features]) -> Tensor:
     return (share_KB * loss_KB).sum()
 
 
-def _gradient_mse(f: Features, power: int) -> Tensor:
-    student = _task_gradients(f.projected_image_BD, f.projected_text_BD, f.scale**power, f.positives_BB)
-    teacher = _task_gradients(f.teacher_image_BD, f.teacher_text_BD, f.teacher_scale**power, f.positives_BB)
+def _gradient_mse(f: Features, power: int, target_BB: Tensor) -> Tensor:
+    student = _task_gradients(f.projected_image_BD, f.projected_text_BD, f.scale**power, target_BB)
+    teacher = _task_gradients(f.teacher_image_BD, f.teacher_text_BD, f.teacher_scale**power, target_BB)
     return torch.stack([F.mse_loss(s_BD, t_BD) for s_BD, t_BD in zip(student, teacher, strict=True)]).sum()
 
 
-def _task_gradients(image_BD: Tensor, text_BD: Tensor, factor: Tensor | float, positives_BB: Tensor) -> tuple[Tensor, ...]:
+def _task_gradients(image_BD: Tensor, text_BD: Tensor, factor: Tensor | float, target_BB: Tensor) -> tuple[Tensor, ...]:
     """Gradients of both directions of the task by both of their inputs; a product of matrices where the published code builds [B, D, B]."""
     gradients = []
     for p_BD, k_BD in ((image_BD, text_BD), (text_BD, image_BD)):
-        residual_BB = (factor * p_BD @ k_BD.T).softmax(dim=1) - positives_BB
+        residual_BB = (factor * p_BD @ k_BD.T).softmax(dim=1) - target_BB
         gradients += [factor * residual_BB @ k_BD / len(p_BD), factor * residual_BB.T @ p_BD / len(p_BD)]
     return tuple(gradients)
 

@@ -12,11 +12,11 @@ MAX_LOG_SCALE = math.log(100)
 
 
 def make_optimiser(parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over all trained parameters; matrices decay, and gains, biases, scales and single embeddings (fewer than two axes) do not."""
+    """AdamW over all trained parameters; matrices decay, and gains, biases, scales and single embeddings (fewer than two axes longer than 1) do not."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.squeeze().ndim >= 2], "weight_decay": weight_decay},  # timm's gains per channel are (C, 1, 1)
+        {"params": [p for p in trained if p.squeeze().ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
