@@ -27,19 +27,21 @@ SIGMOID_BIAS = -6.0
 
 @dataclass
 class Selected:
-    """Chosen rows of a source in any order: the same keys at other places, and other captions or images where given."""
+    """Chosen rows of a source in any order: the same keys at other places, and other captions, images or keys where given."""
 
     source: Source
     rows: list[int]
     image_of: Callable[[int], LoadedImage]
     captions_of: Callable[[int], tuple[Caption, ...]]
     spec: str = "selected"
+    prefix: str = ""  # of keys
+    notices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def key(self, i: int) -> str:
-        return self.source.key(self.rows[i])
+        return self.prefix + self.source.key(self.rows[i])
 
     def captions(self, i: int) -> tuple[Caption, ...]:
         return self.captions_of(self.rows[i])

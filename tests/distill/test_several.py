@@ -19,7 +19,7 @@ from kdstore.data.source import Caption, Source
 from kdstore.distill.batches import BatchPlan, Maker
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.pairs import pairs_of_source, pairs_of_stores
-from kdstore.distill.targets import StoreTargets, open_stores, views_to_show
+from kdstore.distill.targets import StoreTargets, check_views, open_stores, views_to_show
 from kdstore.distill.train import distill
 from kdstore.distill.views import Kept
 from kdstore.errors import ConfigError, IdentityMismatch, JoinError, MissingFeature
@@ -41,7 +41,7 @@ def logged(path: Path | str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(path) / "log.jsonl").read_text().splitlines()]
 
 
-def maker(stores: list[Store], source: Source, **options: bool) -> Maker:
+def maker(stores: list[Store], source: Source, **options: Any) -> Maker:
     pairs = pairs_of_stores(stores, source, **options)
     targets = tuple(StoreTargets(store, EMBEDDINGS) for store in stores)
     return Maker(BatchPlan(len(pairs), 8, 3), pairs, source, targets, EMBEDDINGS, None, None, Kept(0))  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def test_every_teachers_rows_are_those_of_the_image_and_caption_and_missing_ones
     stores = [open_store(store), open_store(part)]
     make = maker(stores, source)
     assert len(make.pairs) == 40
-    assert [make.pairs.lacking(k) for k in range(2)] == [False, True]
+    assert [make.pairs.lacking(k) for k in range(2)] == [{}, {"images": 10}]
     captions = [opened.captions() for opened in stores]
     seen = 0
     for step in range(5):
@@ -89,7 +89,7 @@ def test_a_loss_of_all_teachers_at_once_leaves_out_what_one_of_them_lacks(config
     notes: list[str] = []
     both = dataclasses.replace(config, cache=(str(store), str(part)), loss="clip + crd")
     assert distill(both, on_progress=lambda stage, *said: notes.append(said[2]) if stage == "warning" else None).pairs == 40
-    assert read_json(Path(config.out or "") / "run.json")["pairs"]["lacking"] == {str(part): 10}
+    assert read_json(Path(config.out or "") / "run.json")["pairs"]["lacking"] == {str(part): {"images": 10}}
     assert notes == [f"{part} lacks 10 of 40 images; they are no rows of this teacher's terms"]
     whole = distill(dataclasses.replace(both, loss="reinforced", out=config.out + "-whole"))  # type: ignore[operator]
     assert (whole.pairs, whole.left_out) == (30, {"not in every store": 10})
@@ -113,6 +113,61 @@ def test_stores_with_other_views_are_refused_and_their_plain_views_are_not(store
             views_to_show("auto", stores, EMBEDDINGS)
         assert views_to_show("plain", stores, EMBEDDINGS) == ()
     assert len(views_to_show("auto", [a, a], EMBEDDINGS)) == 2
+
+
+def test_views_that_were_drawn_for_other_keys_are_refused_before_the_first_step(
+    config: DistillConfig, source: Scenes, select: Callable[..., Source], tmp_path: Path
+) -> None:
+    said: dict[str, Any] = {"teacher": "scenes-S", "device": "cpu", "views": 1}
+    renamed = dataclasses.replace(select(list(range(len(source)))), prefix="again/")  # type: ignore[type-var]
+    extract(ExtractConfig(data=source.spec, out=str(tmp_path / "a"), **said))
+    extract(ExtractConfig(data=source.spec, out=str(tmp_path / "b"), untrained_seed=1, **said), source=renamed)
+    both = dataclasses.replace(config, cache=(str(tmp_path / "a"), str(tmp_path / "b")), join="content", loss="fd", samples=8)
+    with pytest.raises(IdentityMismatch, match="other views of the same images"):
+        distill(both, source=source)
+    assert not Path(config.out or "").exists()
+    assert distill(dataclasses.replace(both, views="plain"), source=source).pairs == 40
+    a = open_store(tmp_path / "a")
+    check_views(views_to_show("auto", [a, a], EMBEDDINGS), pairs_of_stores([a, a], source))
+
+
+def test_captions_that_a_teacher_lacks_are_counted_and_hide_nothing_from_a_loss_of_images(
+    config: DistillConfig, store: Path, source: Scenes, select: Callable[..., Source], tmp_path: Path
+) -> None:
+    """The second store knows the last caption of five images under another text."""
+
+    def reworded(i: int) -> tuple[Caption, ...]:
+        *others, last = source.captions(i)
+        return (*others, dataclasses.replace(last, text=f"another text {i}")) if i < 5 else (*others, last)
+
+    there = select(list(range(len(source))), captions=reworded)
+    extract(ExtractConfig(teacher="scenes-S", data=source.spec, out=str(tmp_path / "s"), device="cpu"), source=there)
+    both = dataclasses.replace(config, cache=(str(store), str(tmp_path / "s")))
+    for loss, warned in (("clip + crd", 2), ("clip + pvl", 0)):
+        notes: list[str] = []
+        distill(
+            dataclasses.replace(both, loss=loss, out=str(tmp_path / loss)),
+            source=source,
+            on_progress=lambda *said, to=notes: to.append(f"{said[0]}: {said[-1]}"),
+        )
+        assert sum(note.startswith("warning") and "lacks 5 of" in note and "captions; they are no rows" in note for note in notes) == warned
+    opened = [open_store(path) for path in (store, tmp_path / "s")]
+    make = maker(opened, source)
+    assert [make.pairs.lacking(k) for k in range(2)] == [{"captions": 5}] * 2
+    images = dataclasses.replace(make, needs=("image/embedding",))
+    assert all(rows.valid_B is None and rows.image_BD is not None and rows.image_BD.any(dim=1).all() for step in range(5) for rows in images.teachers(step))
+    assert any(not rows.valid_B.all() for step in range(5) for rows in make.teachers(step))  # type: ignore[union-attr]
+    assert len(pairs_of_stores(opened, source, whole=("image",)).texts.ids) > len(pairs_of_stores(opened, source, whole=("image", "text")).texts.ids)
+
+
+def test_teachers_stand_in_the_order_in_which_their_stores_are_given(store: Path, other: Path, part: Path) -> None:
+    child = other.with_name("tokens")
+    for paths in ([child, store], [child, store, other], [other, store, child]):
+        assert [opened.path for opened in open_stores([str(path) for path in paths])] == [other, store]
+    assert [opened.path for opened in open_stores([str(store), str(child)])] == [store, other]
+    with pytest.raises(ConfigError, match="features of one teacher") as refused:
+        open_stores([str(store), str(other), str(part)])
+    assert "kdstore store concat" in refused.value.hint
 
 
 # Two kinds of captions

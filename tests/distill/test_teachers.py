@@ -174,9 +174,10 @@ def test_a_given_temperature_is_the_scale_of_a_softmax_term(name: str) -> None:
 @given(st.floats(0.01, 0.99), st.integers(2, 12), st.integers(0, 99))
 def test_a_matched_scale_gives_the_entropy_that_was_asked_for(share: float, B: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    sample = [tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, B, 7))) for _ in range(3)]
+    pairs = [tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, B, 7))) for _ in range(3)]
+    sample = [(image[: 1 + B // 2], text) for image, text in pairs]
     entropy = share * math.log(B)
-    scale = scale_of_entropy(sample, entropy)  # type: ignore[arg-type]
+    scale = scale_of_entropy(sample, entropy)
     found = []
     for image, text in sample:
         p = np.exp(scale * (image @ text.T - (image @ text.T).max(axis=1, keepdims=True)))
@@ -226,6 +227,7 @@ SOFTMAX, SIGMOID = Known(), Known(bias=-10.0)
         ("siglip-ce", [Known(scale=None, bias=-1.0)], {"teacher_temperature": 50.0}, MissingFeature, "logit scale, which siglip-ce needs"),
         ("fd", [SOFTMAX], {"cache_weights": (1.0, 2.0)}, ConfigError, "cache_weights has 2 numbers for 1 teachers"),
         ("crd", [SOFTMAX, SOFTMAX], {"teacher_temperature": (70.0,)}, ConfigError, "teacher_temperature has 1 numbers for 2 teachers"),
+        ("clip + reinforced", [SOFTMAX], {"cache_weights": (2.0,)}, ConfigError, "cache_weights would do nothing"),
         ("theia", [Known(tokens=10)], {}, MissingFeature, "10 tokens, which are no square grid"),
     ],
 )
@@ -241,6 +243,9 @@ def test_a_bad_combination_is_named(loss: str, targets: list[Known], settings: d
         ({"loss": "rkd", "batch_size": 2}, "rkd-a compares at least 3 pairs"),
         ({"batch_size": 1}, "compares at least 2 pairs"),
         ({"teacher_temperature": "warm"}, "teacher_temperature 'warm' is none"),
+        ({"loss": "clip + fd", "teacher_temperature": 50.0}, "teacher_temperature would do nothing"),
+        ({"loss": "affinity + siglip-ce", "teacher_temperature": "entropy:1"}, "teacher_temperature would do nothing"),
+        ({"token_standard": "phi-s"}, "token_standard would do nothing"),
         ({"teacher_temperature": "entropy:9"}, r"below 5\.55, that of 256 equal numbers"),
     ],
 )

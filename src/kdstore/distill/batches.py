@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from torch import Tensor
 from kdstore.data.source import Source
 from kdstore.distill.distributed import Share
 from kdstore.distill.encoded import Supervision, TeacherRows, map_rows
-from kdstore.distill.pairs import Pairs, Rows, Texts
+from kdstore.distill.pairs import Pairs, Rows, Texts, sides_of
 from kdstore.distill.targets import Targets
 from kdstore.distill.views import Kept, Pixels, Views, readable_image
 from kdstore.errors import ConfigError, JoinError
@@ -130,6 +131,11 @@ class Maker:
     def _num_views(self) -> int:
         return self.stored[0].count if self.stored else 1
 
+    @cached_property
+    def _lacking(self) -> list[bool]:
+        """Whether each of the targets lacks something that is read of them."""
+        return [bool(self.pairs.lacking(k, sides_of(self.needs))) for k in range(len(self.targets))]
+
     def _drawn(self, texts: Texts, step: int) -> Rows:
         pairs_B = self.plan.batch(step)
         start, stop = texts.offsets[pairs_B], texts.offsets[pairs_B + 1]
@@ -137,11 +143,12 @@ class Maker:
         return start + choice.astype(np.int64)
 
     def _teacher(self, k: int, targets: Targets, step: int) -> TeacherRows:
-        """Read a teacher's rows; those that it lacks are told by `valid_B` and hold zeros."""
+        """Read a teacher's rows; those that lack a side that the loss reads are told by `valid_B` and hold zeros."""
         pairs_B, views_B = self.plan.batch(step), self.views(step)
         image_B, text_B = self.pairs.target_rows[k][pairs_B], self.pairs.texts.rows[k][self.texts(step)]
         synthetic_B = text_B if self.pairs.synthetic is None else self.pairs.synthetic.rows[k][self.synthetic_texts(step)]
-        valid_B = (image_B >= 0) & (text_B >= 0) & (synthetic_B >= 0)
+        rows_of = {"image": (image_B,), "text": (text_B, synthetic_B)}
+        valid_B = np.logical_and.reduce([rows_B >= 0 for side in sides_of(self.needs) for rows_B in rows_of[side]])
 
         def read(array: str, rows_B: Rows, *, wanted: bool = True) -> Tensor | None:
             if not wanted or array not in self.needs:
@@ -158,7 +165,7 @@ class Maker:
         return TeacherRows(
             read("image/embedding", image_B),
             read("text/embedding", text_B),
-            torch.from_numpy(valid_B) if self.pairs.lacking(k) else None,
+            torch.from_numpy(valid_B) if self._lacking[k] else None,
             read("text/embedding", synthetic_B, wanted=self.pairs.synthetic is not None),
             read("image/tokens", image_B),
             torch.from_numpy((drawn_B >> np.uint64(11)) * 2.0**-53),

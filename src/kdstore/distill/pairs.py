@@ -6,7 +6,7 @@ stores an image is one image by its key, and a caption one caption by its text, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from kdstore.store import Store, join_sources
 
 Rows = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+SIDES = ("image", "text")
 PROBE, SYNTHETIC = "probe", "synthetic"  # kinds of captions: those that test a teacher are not trained on
 INVALID = "not valid in the store"  # the reason that an extraction has told already
 
@@ -64,14 +65,17 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.source_rows)
 
-    @property
-    def lacking_images(self) -> list[int]:
-        """How many of the images each of the targets lacks."""
-        return [int((rows < 0).sum()) for rows in self.target_rows]
+    def lacking(self, k: int, sides: Collection[str] = SIDES) -> dict[str, int]:
+        """How many `images`, and `captions` of images that they have, targets k lack among these sides; without those of which they lack none."""
+        images = self.target_rows[k] >= 0
+        captions = sum(int((images[texts.images] & (texts.rows[k] < 0)).sum()) for texts in self.all_texts)
+        lacking = {"images": int((~images).sum()) if "image" in sides else 0, "captions": captions if "text" in sides else 0}
+        return {what: count for what, count in lacking.items() if count}
 
-    def lacking(self, k: int) -> bool:
-        """Whether targets k lack an image or a text."""
-        return any(bool((rows < 0).any()) for rows in (self.target_rows[k], self.texts.rows[k], *([self.synthetic.rows[k]] if self.synthetic else [])))
+    @property
+    def all_texts(self) -> tuple[Texts, ...]:
+        """The captions of each kind that is drawn apart."""
+        return (self.texts,) if self.synthetic is None else (self.texts, self.synthetic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +90,11 @@ class _Table:
     synthetic: Bools
 
 
+def sides_of(needs: Sequence[str]) -> tuple[str, ...]:
+    """Return the sides of the arrays among what a loss needs."""
+    return tuple(side for side in SIDES if any(name.startswith(f"{side}/") for name in needs))
+
+
 def pairs_of_source(source: Source, teachers: int = 1, *, both_kinds: bool = False) -> Pairs:
     """All pairs of a source that have a caption; image and text rows of all targets are numbered in its order."""
     by_image = [source.captions(i) for i in range(len(source))]
@@ -94,7 +103,7 @@ def pairs_of_source(source: Source, teachers: int = 1, *, both_kinds: bool = Fal
     rows, offsets = np.arange(len(source), dtype=np.int64), _offsets([len(of_image) for of_image in by_image])
     texts = pa.array([caption.text for caption in captions], pa.large_string())
     table, has = _table(rows, rows, offsets, usable, synthetic, texts)
-    pairs = _joined([table] * max(1, teachers), len(source), both_kinds=both_kinds, whole=False)
+    pairs = _joined([table] * max(1, teachers), len(source), both_kinds=both_kinds, whole=())
     return replace(pairs, left_out=_counts({"without a caption": ~has}) | pairs.left_out)
 
 
@@ -103,14 +112,14 @@ def pairs_of_stores(
     source: Source,
     *,
     both_kinds: bool = False,
-    whole: bool = False,
+    whole: Collection[str] = (),
     by_content: bool = False,
     on_progress: OnProgress = silent,
 ) -> Pairs:
     """The pairs that stores and source share by key, whose image and caption are valid in a store; raises JoinError for a store that shares none.
 
     `by_content`: images of other keys too, by their bytes. `both_kinds`: images with a synthetic caption and another one, if there are synthetic ones beside
-    others. `whole`: what any store lacks is left out.
+    others. `whole`: the sides of which what any store lacks is left out.
     """
     tables, reasons = [], []
     for store in stores:
@@ -142,7 +151,7 @@ def _table(source_rows: Rows, target_rows: Rows, offsets: Rows, usable: Bools, s
     ), has
 
 
-def _joined(tables: Sequence[_Table], num_source: int, *, both_kinds: bool, whole: bool) -> Pairs:
+def _joined(tables: Sequence[_Table], num_source: int, *, both_kinds: bool, whole: Collection[str]) -> Pairs:
     """Join tables into pairs in the order of the first one, behind them what only later ones have.
 
     A caption that an image has twice in one table stays twice, and is drawn twice as often.
@@ -168,7 +177,7 @@ def _joined(tables: Sequence[_Table], num_source: int, *, both_kinds: bool, whol
     return _chosen(Pairs(source_rows, target_rows, found, texts.dictionary), synthetic, both_kinds=both_kinds, whole=whole)
 
 
-def _chosen(pairs: Pairs, synthetic: Bools, *, both_kinds: bool, whole: bool) -> Pairs:
+def _chosen(pairs: Pairs, synthetic: Bools, *, both_kinds: bool, whole: Collection[str]) -> Pairs:
     """Leave out what a run cannot use, and part synthetic captions from others where it takes one of each."""
     split = both_kinds and bool(synthetic.any()) and not synthetic.all()
     if not whole and not split:
@@ -178,9 +187,11 @@ def _chosen(pairs: Pairs, synthetic: Bools, *, both_kinds: bool, whole: bool) ->
         return np.bincount(pairs.texts.images[texts], minlength=len(pairs)) > 0
 
     held, everywhere = np.ones(len(synthetic), bool), np.ones(len(pairs), bool)
-    if whole:
+    if "text" in whole:
         held = np.logical_and.reduce([rows >= 0 for rows in pairs.texts.rows])
-        everywhere = np.logical_and.reduce([rows >= 0 for rows in pairs.target_rows]) & with_one_of(held)
+    if "image" in whole:
+        everywhere = np.logical_and.reduce([rows >= 0 for rows in pairs.target_rows])
+    everywhere &= with_one_of(held)
     kinds = [held & ~synthetic, held & synthetic] if split else [held]
     images = np.logical_and.reduce([everywhere, *map(with_one_of, kinds)])
     texts = [pairs.texts.kept(images, of_kind) for of_kind in kinds]

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from kdstore.distill.pairs import Pairs
 from kdstore.distill.tokens import Standard, channel_standard, phi_s_standard
 from kdstore.errors import ConfigError, IdentityMismatch, MissingFeature, StoreError
 from kdstore.store import Store, StoredViews, open_family, open_store, read_stats, sampled_covariance, stored_views
 
 Rows = npt.NDArray[np.int64]
+VIEW_ROWS = 1 << 16  # images whose views are compared at once
 
 
 class Targets(Protocol):
@@ -82,21 +87,26 @@ class StoreTargets:
 
 
 def open_stores(paths: Sequence[str]) -> tuple[Store, ...]:
-    """Open the stores of a run's teachers: a child together with its parent, which is one of `paths` or lies beside it.
+    """Open the stores of a run's teachers, in the order of `paths`: a child together with its parent, which is one of `paths` or lies beside it.
 
-    Raises ConfigError for a store that is given twice, IdentityMismatch for a child whose parent is not there, and what `open_family` raises.
+    Raises ConfigError for a store or a teacher that is given twice, IdentityMismatch for a child whose parent is not there, and what `open_family` raises.
     """
     stores = [open_store(path) for path in paths]
     if len({store.digest for store in stores}) < len(stores):
         raise ConfigError(f"One store is given twice among {', '.join(paths)}.", "Give each --cache once.")
-    families: dict[str, list[Path]] = {store.digest: [] for store in stores if parent_digest(store) is None}
-    roots: dict[str, Store] = {store.digest: store for store in stores if parent_digest(store) is None}
+    given = {store.digest: store for store in stores}
+    roots: dict[str, Store] = {}
+    children: dict[str, list[Path]] = {}
     for store in stores:
-        if (digest := parent_digest(store)) is not None:
-            if digest not in roots:
-                roots[digest], families[digest] = _parent_of(store, digest), []
-            families[digest].append(store.path)
-    return tuple(open_family(store.path, *families[digest]) if families[digest] else store for digest, store in roots.items())
+        parent = parent_digest(store)
+        root = store if parent is None else given.get(parent) or _parent_of(store, parent)
+        roots.setdefault(root.digest, root)
+        children.setdefault(root.digest, []).extend([] if root is store else [store.path])
+    for one, other in combinations(roots.values(), 2):
+        if one.identity["teacher"] == other.identity["teacher"]:
+            found = f"{one.path} and {other.path} hold features of one teacher, which would count as two."
+            raise ConfigError(found, "Make one store of their rows with kdstore store concat, or give one of them.")
+    return tuple(open_family(root.path, *children[digest]) if children[digest] else root for digest, root in roots.items())
 
 
 def parent_digest(store: Store) -> str | None:
@@ -135,3 +145,27 @@ def views_to_show(choice: str, stores: Sequence[Store], needs: tuple[str, ...]) 
                 hint = "Show the plain view alone: --set views=plain."
                 raise MissingFeature(f"{views.store.path} has {spec.views} of {views.count} views in {name}.", hint)
     return shown
+
+
+def check_views(shown: Sequence[StoredViews], pairs: Pairs) -> None:
+    """Raise IdentityMismatch if an image has other views in one store than in another.
+
+    Views follow from an image's key and size, so those of images of another key (joined by content) or size are compared, and of no others.
+    """
+    for k, j in combinations(range(len(shown)), 2):
+        both = (pairs.target_rows[k] >= 0) & (pairs.target_rows[j] >= 0)
+        stores, rows = (shown[k].store, shown[j].store), (pairs.target_rows[k][both], pairs.target_rows[j][both])
+        unlike = np.logical_or.reduce([_unequal(name, stores, rows) for name in ("key", "width", "height")])
+        rows = (rows[0][unlike], rows[1][unlike])
+        for view, start in product(range(1, shown[k].count), range(0, len(rows[0]), VIEW_ROWS)):
+            one, other = (store.gather("image/view", of_store[start : start + VIEW_ROWS], view) for store, of_store in zip(stores, rows, strict=True))
+            if (differ := (one != other).any(axis=1)).any():
+                at = start + int(differ.argmax())
+                keys = " and ".join(store.index("image", "key")[int(of_store[at])].as_py() for store, of_store in zip(stores, rows, strict=True))
+                found = f"{stores[0].path} and {stores[1].path} have other views of the same images (of {keys}): they were drawn for other keys or sizes."
+                raise IdentityMismatch(found, "Show the plain view alone: --set views=plain.")
+
+
+def _unequal(column: str, stores: tuple[Store, Store], rows: tuple[Rows, Rows]) -> npt.NDArray[np.bool_]:
+    one, other = (store.index("image", column).take(pa.array(of_store)) for store, of_store in zip(stores, rows, strict=True))
+    return pc.not_equal(one, other).to_numpy()

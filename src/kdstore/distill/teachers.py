@@ -9,35 +9,45 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch.nn.functional as F
 
 from kdstore.distill.batches import Maker
 from kdstore.distill.config import DistillConfig
+from kdstore.distill.distributed import World
 from kdstore.distill.encoded import TeacherRows
-from kdstore.distill.losses import Term, needs_of, parse_loss, parts_of, terms_of
+from kdstore.distill.losses import EMBEDDINGS, Term, needs_of, parse_loss, parts_of, terms_of
 from kdstore.distill.objective import Teacher
 from kdstore.distill.targets import Targets
 from kdstore.distill.tokens import check_grid
 from kdstore.errors import ConfigError, MissingFeature
 
-Float64 = npt.NDArray[np.float64]
-Sample = Sequence[tuple[Float64, Float64]]
-"""Unit image and text rows [B, D] of some batches."""
+Floats = npt.NDArray[np.floating[Any]]
+Sample = Sequence[tuple[Floats, Floats]]
+"""Unit image rows [Q, D] and text rows [B, D] of some batches."""
 
 MAX_SCALE = 1e6
 ENTROPY_BATCHES = 4
+ENTROPY_ROWS = 256  # images of each of these, against all of its captions
 
 
 def check_loss(config: DistillConfig) -> None:
-    """Raise ConfigError for a batch too small for a term, and for what is no temperature."""
+    """Raise ConfigError for a batch too small for a term, for what is no temperature, and for a setting that no term of the loss reads."""
     entropy_of(config)
-    for name, term in terms_of(parse_loss(config.loss)).items():
+    weights = parse_loss(config.loss)
+    for name, term in terms_of(weights).items():
         if config.batch_size < term.rows:
             raise ConfigError(
                 f"{name} compares at least {term.rows} pairs, but a batch takes {config.batch_size}.", f"Raise batch_size to {term.rows} or more."
             )
+    if config.teacher_temperature != "own" and "logit_scale" not in needs_of(weights):
+        found = f"No term of the loss '{config.loss}' reads a teacher's scale, so teacher_temperature would do nothing."
+        raise ConfigError(found, "Leave it out, or add a term that says tT in docs/losses.md.")
+    if config.token_standard != "channel" and "tokens" not in parts_of(weights):
+        raise ConfigError(f"No term of the loss '{config.loss}' reads tokens, so token_standard would do nothing.", "Leave it out, or add theia or unic.")
 
 
 def describe_teachers(config: DistillConfig, targets: Sequence[Targets]) -> tuple[Teacher, ...]:
@@ -67,6 +77,8 @@ def describe_teachers(config: DistillConfig, targets: Sequence[Targets]) -> tupl
         )
         _check_scale(teachers[-1], terms_of(loss), config.teacher_temperature)
     taught = {name: term for name, term in terms_of(loss).items() if term.needs}
+    if weights and len(teachers) == 1 and all(term.joint for term in taught.values()):
+        raise ConfigError(f"The loss '{config.loss}' averages over teachers and there is one, so cache_weights would do nothing.", "Leave it out.")
     for name, term in taught.items():
         if not any(term.family in teacher.families for teacher in teachers):
             raise ConfigError(f"No teacher is left for {name}: it makes a {term.family} of their logits.", "Leave it out of the loss.")
@@ -76,20 +88,30 @@ def describe_teachers(config: DistillConfig, targets: Sequence[Targets]) -> tupl
     return tuple(teachers)
 
 
-def match_temperatures(config: DistillConfig, teachers: Sequence[Teacher], make: Maker) -> tuple[Teacher, ...]:
-    """Find the scale of each teacher's softmax logits where a run asks for their entropy: over its first four batches; raises ConfigError if there is none."""
+def match_temperatures(config: DistillConfig, teachers: Sequence[Teacher], make: Maker, world: World) -> tuple[Teacher, ...]:
+    """Find the scale of each teacher's softmax logits where a run asks for their entropy; raises ConfigError if there is none.
+
+    The first process does it alone, with 1,024 images against all captions of their batches, whose number may be large.
+    """
     entropy = entropy_of(config)
     if entropy is None:
         return tuple(teachers)
-    whole = replace(make, plan=replace(make.plan, share=None))
-    batches = [whole.teachers(step) for step in range(ENTROPY_BATCHES)]
-    found = []
-    for k, teacher in enumerate(teachers):
-        sample = [(image_BD, text_BD) for image_BD, text_BD in (_unit_rows(batch[k]) for batch in batches) if len(image_BD) > 1]
+    whole = replace(make, needs=EMBEDDINGS, plan=replace(make.plan, share=None))
+    scales = world.from_first(lambda: _matched_scales(teachers, whole, entropy))
+    return tuple(replace(teacher, softmax_scale=scale) for teacher, scale in zip(teachers, scales, strict=True))
+
+
+def _matched_scales(teachers: Sequence[Teacher], make: Maker, entropy: float) -> list[float]:
+    samples: list[list[tuple[Floats, Floats]]] = [[] for _ in teachers]
+    for step in range(ENTROPY_BATCHES):
+        for sample, rows in zip(samples, make.teachers(step), strict=True):
+            image_BD, text_BD = _unit_rows(rows)
+            if len(image_BD) > 1:
+                sample.append((image_BD[:ENTROPY_ROWS], text_BD))
+    for teacher, sample in zip(teachers, samples, strict=True):
         if not sample:
             raise ConfigError(f"{teacher.name} has too few pairs of the first {ENTROPY_BATCHES} batches to match an entropy.", "Set its scale as a number.")
-        found.append(replace(teacher, softmax_scale=scale_of_entropy(sample, entropy)))
-    return tuple(found)
+    return [scale_of_entropy(sample, entropy) for sample in samples]
 
 
 def entropy_of(config: DistillConfig) -> float | None:
@@ -114,7 +136,7 @@ def scale_of_entropy(sample: Sample, entropy: float) -> float:
 
     The entropy falls as the scale rises, so its logarithm is bisected.
     """
-    cosines = [image_BD @ text_BD.T for image_BD, text_BD in sample]
+    cosines = [image_QD @ text_BD.T for image_QD, text_BD in sample]
     low, high = 1e-6, MAX_SCALE
     if _mean_entropy(cosines, high) > entropy:
         raise ConfigError(f"No scale up to {MAX_SCALE:g} gives the teacher an entropy of {entropy:g}: equal captions cannot be told apart.", "Raise it.")
@@ -124,21 +146,21 @@ def scale_of_entropy(sample: Sample, entropy: float) -> float:
     return math.sqrt(low * high)
 
 
-def _unit_rows(rows: TeacherRows) -> tuple[Float64, Float64]:
-    if rows.image_BD is None or rows.text_BD is None:
-        raise ConfigError("There is no entropy to match in a loss without the embeddings of both images and texts.", "Leave teacher_temperature out.")
-    image_BD, text_BD = (x.numpy().astype(np.float64) for x in (rows.image_BD, rows.text_BD))
-    held_B = slice(None) if rows.valid_B is None else rows.valid_B.numpy()
-    return image_BD[held_B] / np.linalg.norm(image_BD[held_B], axis=1, keepdims=True), text_BD[held_B] / np.linalg.norm(text_BD[held_B], axis=1, keepdims=True)
+def _unit_rows(rows: TeacherRows) -> tuple[Floats, Floats]:
+    assert rows.image_BD is not None
+    assert rows.text_BD is not None
+    held_B = slice(None) if rows.valid_B is None else rows.valid_B
+    image_BD, text_BD = (F.normalize(x[held_B].float(), dim=1).numpy() for x in (rows.image_BD, rows.text_BD))
+    return image_BD, text_BD
 
 
-def _mean_entropy(cosines: Sequence[Float64], scale: float) -> float:
+def _mean_entropy(cosines: Sequence[Floats], scale: float) -> float:
     rows = []
-    for cosine_BB in cosines:
-        z_BB = scale * (cosine_BB - cosine_BB.max(axis=1, keepdims=True))
-        e_BB = np.exp(z_BB)
-        total_B = e_BB.sum(axis=1)
-        rows.append(np.log(total_B) - (e_BB * z_BB).sum(axis=1) / total_B)
+    for cosine_QB in cosines:
+        z_QB = scale * (cosine_QB - cosine_QB.max(axis=1, keepdims=True))
+        e_QB = np.exp(z_QB)
+        total_Q = e_QB.sum(axis=1)
+        rows.append(np.log(total_Q) - (e_QB * z_QB).sum(axis=1) / total_Q)
     return float(np.concatenate(rows).mean())
 
 
@@ -172,7 +194,10 @@ def _check_scale(teacher: Teacher, terms: dict[str, Term], temperature: object) 
 
 def _per_teacher(values: tuple[float, ...], targets: Sequence[Targets], name: str) -> tuple[float, ...]:
     if values and len(values) != len(targets):
-        raise ConfigError(f"{name} has {len(values)} numbers for {len(targets)} teachers.", "Give one for each --cache, in their order.")
+        raise ConfigError(
+            f"{name} has {len(values)} numbers for {len(targets)} teachers.",
+            "Give one for each teacher in the order of the --cache options; stores of one family are one.",
+        )
     return values
 
 

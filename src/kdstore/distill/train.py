@@ -32,9 +32,9 @@ from kdstore.distill.losses import EMBEDDINGS, needs_of, parse_loss, parts_of, t
 from kdstore.distill.objective import Objective, Teacher
 from kdstore.distill.online import OnlineTargets, online_targets
 from kdstore.distill.optimiser import choose_precision
-from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_stores
+from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_stores, sides_of
 from kdstore.distill.runfolder import AVERAGE, RUN, begin_run, export_student, load_checkpoint, read_checkpoint, run_state
-from kdstore.distill.targets import StoreTargets, Targets, open_stores, views_to_show
+from kdstore.distill.targets import StoreTargets, Targets, check_views, open_stores, views_to_show
 from kdstore.distill.teachers import check_loss, describe_teachers, match_temperatures
 from kdstore.distill.validation import make_validation
 from kdstore.distill.views import Kept, Views, split_preprocess
@@ -91,7 +91,8 @@ def _distill(
         if needs and not config.caches and not config.teacher and not live:
             raise ConfigError(f"The loss '{config.loss}' needs a teacher's {', '.join(needs)}, but there is no store.", "Give --cache STORE, or --loss none.")
         stores = open_stores(config.caches)
-        shown: tuple[Views, ...] = views_to_show(config.views, stores, needs)
+        stored = views_to_show(config.views, stores, needs)
+        shown: tuple[Views, ...] = stored
         taught: tuple[Targets, ...] = live or tuple(StoreTargets(store, needs) for store in stores) if needs else ()
         online = None
         if config.teacher:
@@ -107,7 +108,8 @@ def _distill(
         return world.from_first(lambda: _finished(path, on_progress))
 
     with world.together():
-        pairs = _pairs(config, stores, source, len(taught), on_progress)
+        pairs = _pairs(config, stores, source, needs, len(taught), on_progress)
+        check_views(stored, pairs)
         share = Share.of(config.batch_size, world, config.micro_batch)
         plan = BatchPlan(len(pairs), config.batch_size, config.seed, share)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -118,7 +120,8 @@ def _distill(
             kept = Kept(0 if config.augment == "random" else int(config.memory_gib * 2**30))  # what is drawn anew comes once
             tokenizer = None if config.text_tower == "frozen" else model.tokenizer
             make = Maker(plan, pairs, source, taught, needs, keep, tokenizer, kept, shown, pin=device.type == "cuda")
-            teachers = match_temperatures(config, teachers, make)
+        teachers = match_temperatures(config, teachers, make, world)
+        with world.together():
             training = _start(config, model, teachers, plan, share, finish, DTYPES[settings["precision"]])
             validate = make_validation(config, stores, source, pairs, keep, tokenizer, on_progress)
             if state == "new" and world.first:
@@ -154,11 +157,12 @@ def _open_source(config: DistillConfig, stores: Sequence[Store]) -> Source:
     return open_source(stores[0].recorded_source)
 
 
-def _pairs(config: DistillConfig, stores: Sequence[Store], source: Source, num_teachers: int, on_progress: OnProgress) -> Pairs:
+def _pairs(config: DistillConfig, stores: Sequence[Store], source: Source, needs: Sequence[str], num_teachers: int, on_progress: OnProgress) -> Pairs:
     """Find the pairs to train on and say which are not, or not for all teachers."""
     loss = parse_loss(config.loss)
     both_kinds = "synthetic captions" in parts_of(loss)
-    whole = config.text_tower == "frozen" or any(term.joint for term in terms_of(loss).values())
+    sides = sides_of(needs)
+    whole = sides if config.text_tower == "frozen" or any(term.joint for term in terms_of(loss).values()) else ()
     if stores:
         by_content = config.join == "content"
         pairs = pairs_of_stores(stores, source, both_kinds=both_kinds, whole=whole, by_content=by_content, on_progress=on_progress)
@@ -168,9 +172,11 @@ def _pairs(config: DistillConfig, stores: Sequence[Store], source: Source, num_t
         pairs = dataclasses.replace(pairs, sha256=())
     if pairs.left_out.keys() - {INVALID}:
         on_progress("warning", 0, 0, f"trains on {len(pairs)} pairs; left out: {', '.join(f'{n} {reason}' for reason, n in pairs.left_out.items())}")
-    for store, lacking in zip(stores, pairs.lacking_images, strict=False):
-        if lacking:
-            on_progress("warning", 0, 0, f"{store.path} lacks {lacking} of {len(pairs)} images; they are no rows of this teacher's terms")
+    for k, store in enumerate(stores):
+        if lacking := pairs.lacking(k, sides):
+            of = {"images": len(pairs), "captions": sum(len(texts.ids) for texts in pairs.all_texts)}
+            said = " and ".join(f"{count} of {of[what]} {what}" for what, count in lacking.items())
+            on_progress("warning", 0, 0, f"{store.path} lacks {said}; they are no rows of this teacher's terms")
     if both_kinds and pairs.synthetic is None:
         on_progress("warning", 0, 0, "all captions are of one kind, so the loss takes one of them instead of a real and a synthetic one")
     return pairs
@@ -248,7 +254,7 @@ def _provenance(
         "pairs": {
             "used": len(pairs),
             "left_out": pairs.left_out,
-            "lacking": {str(store.path): lacking for store, lacking in zip(stores, pairs.lacking_images, strict=False) if lacking},
+            "lacking": {str(store.path): lacking for k, store in enumerate(stores) if (lacking := pairs.lacking(k))},
             "dropped_per_epoch": plan.dropped,
             "epochs": t.steps / plan.steps_per_epoch,
         },
