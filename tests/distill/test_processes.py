@@ -55,6 +55,7 @@ def test_two_processes_do_what_one_does_for_every_loss_and_what_ends_one_ends_bo
         needs = needs_of(parse_loss(loss))
         changes |= of_sigmoid if "logit_bias" in needs else of_tokens if "image/tokens" in needs else {}
     alike["several"] = {"cache": (str(config.cache), str(part)), "loss": "clip-kd-free"}  # of which the second lacks images
+    alike["matched"] = {**alike["several"], "loss": "clip + crd", "teacher_temperature": "entropy:1.0"}
     alike["pieces"] = {"micro_batch": 2, "ema": 0.9, "grad_checkpointing": True}
     ends: dict[str, dict[str, Any]] = {name: {"cache": None, "loss": "clip", "data": source.spec, "samples": 64} for name in ("undecodable", "sigterm")}
     ends["uneven"] = {"batch_size": 9, "samples": 18, "micro_batch": None}
