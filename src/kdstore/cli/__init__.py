@@ -38,7 +38,7 @@ _terminated: list[int] = []
 
 def main() -> None:
     """Run the command line; the entry point of the `kdstore` script."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(_run())
     except Interrupted as e:
@@ -53,6 +53,9 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _terminated.clear()
 
 
 def _terminate(signum: int, frame: object) -> None:
