@@ -11,7 +11,6 @@ forward (or decoding) seconds over extract seconds: 1 is no overhead. Loading of
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -20,49 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from pictures import Pictures
 
-from kdstore.data.images import decode_image
-from kdstore.data.source import Caption, LoadedImage
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.job import prepare
 from kdstore.extract.rates import rates_of
 from kdstore.extract.units import Tally
 from kdstore.models.encode import encode_image, encode_image_tokens, encode_text
-
-
-class Pictures:
-    """Noise of 256 x 256 pixels, or as JPEG of `side` x `side`; the same few pictures again and again."""
-
-    spec, notices = "pictures", ()
-
-    def __init__(self, count: int, side: int | None) -> None:
-        rng = np.random.default_rng(0)
-        self._pictures = [Image.fromarray(rng.integers(0, 256, (side or 256, side or 256, 3), dtype=np.uint8)) for _ in range(8)]
-        self._encoded = [encoded(picture) for picture in self._pictures] if side else []
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def key(self, i: int) -> str:
-        return str(i)
-
-    def captions(self, i: int) -> tuple[Caption, ...]:
-        return (Caption(f"picture number {i} of noise"),)
-
-    def image(self, i: int) -> LoadedImage:
-        if self._encoded:
-            return decode_image(self._encoded[i % len(self._encoded)])
-        return LoadedImage(self._pictures[i % len(self._pictures)], f"{i:064x}")
-
-
-def encoded(picture: Image.Image) -> bytes:
-    content = io.BytesIO()
-    picture.save(content, "jpeg")
-    return content.getvalue()
 
 
 def main() -> None:

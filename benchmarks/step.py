@@ -36,9 +36,8 @@ import open_clip
 import torch
 from open_clip.loss import ClipLoss, DistillClipLoss
 from open_clip_train.train import train_one_epoch
-from PIL import Image
+from pictures import Pictures
 
-from kdstore.data.source import Caption, LoadedImage
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.optimiser import choose_precision, make_optimiser
 from kdstore.distill.train import distill
@@ -50,29 +49,6 @@ from kdstore.store import Plan, StoreWriter, embedding_array
 Clock = tuple[float, float]  # seconds of wall time, and of this process on all cores
 CLOCKS = ("wall", "process")
 OF_OPEN_CLIP = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}
-
-
-class Pictures:
-    """The same few pictures of noise again and again, each row with a caption of its own."""
-
-    spec, notices = "pictures", ()
-
-    def __init__(self, count: int) -> None:
-        rng = np.random.default_rng(0)
-        self._pictures = [Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)) for _ in range(8)]
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def key(self, i: int) -> str:
-        return str(i)
-
-    def captions(self, i: int) -> tuple[Caption, ...]:
-        return (Caption(f"picture number {i} of noise"),)
-
-    def image(self, i: int) -> LoadedImage:
-        return LoadedImage(self._pictures[i % len(self._pictures)], f"{i:064x}")
 
 
 class Enough(Exception):

@@ -143,13 +143,19 @@ def test_a_store_is_the_child_of_one_parent_only(stores, tmp_path):
         open_family(stores / "parent", stores / "all")
 
 
-def test_an_image_that_changed_since_is_an_error_and_no_feature(tmp_path):
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of six images, of which `parent` is extracted."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for k in range(6):
         Image.new("RGB", (64, 64), (40 * k, 9, 9)).save(photos / f"{k}.png")
     (photos / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{k}.png,number {k}\n" for k in range(6)))
     extract(config(tmp_path / "parent", data=str(photos)))
+    return photos
+
+
+def test_an_image_that_changed_since_is_an_error_and_no_feature(photos, tmp_path):
     Image.new("RGB", (64, 64), (1, 2, 3)).save(photos / "4.png")
     with pytest.raises(JoinError, match=r"the image '.*4\.png' is not the one that"):
         child(tmp_path, tmp_path / "child", tokens="image")
@@ -161,13 +167,7 @@ def test_an_image_that_changed_since_is_an_error_and_no_feature(tmp_path):
         child(tmp_path, tmp_path / "other", parent=str(tmp_path / "moved"), tokens="image")
 
 
-def test_text_tokens_need_no_image(tmp_path):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for k in range(6):
-        Image.new("RGB", (64, 64), (40 * k, 9, 9)).save(photos / f"{k}.png")
-    (photos / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{k}.png,number {k}\n" for k in range(6)))
-    extract(config(tmp_path / "parent", data=str(photos)))
+def test_text_tokens_need_no_image(photos, tmp_path):
     for k in range(6):
         (photos / f"{k}.png").write_bytes(b"changed")
     stages = []

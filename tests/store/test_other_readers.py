@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdstore.store import open_store
+from kdstore.store import Store, open_store
 
 READERS = {
     "tensorstore": """
@@ -35,32 +35,33 @@ numpy.savez(target, **{name: read(root + "/" + name) for name in names})
 """
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_another_implementation_reads_every_array_bit_for_bit(reader: str, pristine: Path, sample: Any, tmp_path: Path) -> None:
-    """In a process of its own, whose threads no later test can fork."""
-    store = open_store(pristine)
-    command = [sys.executable, "-W", "error", "-c", READERS[reader] + MAIN, str(pristine), str(tmp_path / "read.npz"), *store.arrays]
+def read_by(reader: str, store: Store, folder: Path) -> dict[str, Any]:
+    """Read all arrays in a process of its own, whose threads no later test can fork."""
+    command = [sys.executable, "-W", "error", "-c", READERS[reader] + MAIN, str(store.path), str(folder / "read.npz"), *store.arrays]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    with np.load(tmp_path / "read.npz") as found:
-        for name, spec in store.arrays.items():
-            valid = (np.arange(spec.shape[0]) != sample.undecodable) | (spec.side == "text")
-            expected = sample.arrays[name] if name in sample.arrays else valid.astype(np.uint8)
-            assert found[name].dtype == spec.dtype
-            assert found[name].tobytes() == expected.tobytes()
+    with np.load(folder / "read.npz") as found:
+        return dict(found)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_another_implementation_reads_every_array_bit_for_bit(reader: str, pristine: Path, sample: Any, tmp_path: Path) -> None:
+    store = open_store(pristine)
+    found = read_by(reader, store, tmp_path)
+    for name, spec in store.arrays.items():
+        valid = (np.arange(spec.shape[0]) != sample.undecodable) | (spec.side == "text")
+        expected = sample.arrays[name] if name in sample.arrays else valid.astype(np.uint8)
+        assert found[name].dtype == spec.dtype
+        assert found[name].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_another_implementation_reads_the_codes_of_the_golden_store(reader: str, tmp_path: Path) -> None:
-    golden = Path(__file__).parent / "golden" / "format-1-codes"
-    store = open_store(golden)
-    command = [sys.executable, "-W", "error", "-c", READERS[reader] + MAIN, str(golden), str(tmp_path / "read.npz"), *store.arrays]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    with np.load(tmp_path / "read.npz") as found:
-        for name, spec in store.arrays.items():
-            values = found[name][:, 0] if spec.has_views else found[name]
-            assert values.tobytes() == store.gather(name, np.arange(spec.shape[0])).tobytes()
+    store = open_store(Path(__file__).parent / "golden" / "format-1-codes")
+    found = read_by(reader, store, tmp_path)
+    for name, spec in store.arrays.items():
+        values = found[name][:, 0] if spec.has_views else found[name]
+        assert values.tobytes() == store.gather(name, np.arange(spec.shape[0])).tobytes()
 
 
 def test_metadata_names_codecs_of_zarrs_core_only(pristine: Path) -> None:

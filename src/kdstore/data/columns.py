@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdstore.data.images import decode_image
-from kdstore.data.mapped import repeats
+from kdstore.data.mapped import repeated_hashes
 from kdstore.data.source import Caption, LoadedImage, UndecodableImage
 from kdstore.errors import SourceError
 
@@ -29,7 +29,6 @@ KINDS = {"caption": "human", "synthetic": "synthetic", "probe": "probe"}
 CONTENT = "sha256"
 """`?key=sha256`: keys are hashes of the encoded images."""
 _HASHED_AHEAD = 1024  # rows
-_KEYS = 1 << 16  # that are Python objects at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +80,7 @@ def group(keys: pa.ChunkedArray) -> Groups | None:
     """Group rows of equal keys; None where all differ, which takes no memory to find out: they ascend, as img2dataset writes them, or their hashes differ."""
     if pc.all(pc.less(keys[:-1], keys[1:])).as_py() is not False:
         return None
-    if not len(repeats((np.fromiter(map(hash, part), np.int64, len(part)) for part in _in_parts(keys)), len(keys))):
+    if not len(repeated_hashes(keys)):
         return None
     codes = pa.chunked_array([chunk.indices for chunk in keys.dictionary_encode().chunks]).to_numpy()
     counts = np.bincount(codes)
@@ -90,10 +89,6 @@ def group(keys: pa.ChunkedArray) -> Groups | None:
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return Groups(np.argsort(codes, kind="stable"), starts)
-
-
-def _in_parts(keys: pa.ChunkedArray) -> Iterator[list[str]]:
-    return (keys[start : start + _KEYS].to_pylist() for start in range(0, len(keys), _KEYS))
 
 
 def distinct(spec: str, keys: pa.ChunkedArray, place: Callable[[int], str], hint: str) -> None:

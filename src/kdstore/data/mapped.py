@@ -18,6 +18,7 @@ from kdstore.jsonfile import disk_errors
 
 Int64 = npt.NDArray[np.int64]
 _AT_ONCE = 1 << 20  # numbers
+_KEYS = 1 << 16  # that are Python objects at once
 
 
 def unnamed_file(folder: Path | None) -> IO[bytes]:
@@ -60,6 +61,12 @@ def mapped_int64(count: int, folder: Path | None) -> Int64:
     with disk_errors(folder or Path(tempfile.gettempdir())), unnamed_file(folder) as f:
         os.posix_fallocate(f.fileno(), 0, 8 * count)  # a full disk is an error here, and would be a signal later
         return np.asarray(np.memmap(f, np.int64, "r+", shape=(count,)))
+
+
+def repeated_hashes(keys: pa.ChunkedArray, folder: Path | None = None) -> Int64:
+    """Return the hashes, as `hash` gives them in this process, that more than one of the keys has; raises DiskFull, CannotWrite."""
+    spans = (keys[start : start + _KEYS].to_pylist() for start in range(0, len(keys), _KEYS))
+    return repeats((np.fromiter(map(hash, span), np.int64, len(span)) for span in spans), len(keys), folder)
 
 
 def repeats(parts: Iterable[Int64], count: int, folder: Path | None = None) -> Int64:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdstore.data.mapped import map_table, mapped_int64, mapped_table, repeats, write_batches
+from kdstore.data.mapped import map_table, mapped_int64, mapped_table, repeated_hashes, write_batches
 from kdstore.data.source import Caption
 from kdstore.errors import ConfigError, DamagedStore, SourceError
 from kdstore.jsonfile import canonical_json, replacing
@@ -220,8 +220,7 @@ def _from_columns(table: pa.Table, fingerprint: str, unit_rows: int, folder: Pat
 
 def _repeated_keys(keys: pa.ChunkedArray, folder: Path | None, at_most: int = 5) -> list[str]:
     """Return some of the keys that come more than once: those of equal hashes, compared in full."""
-    hashes = (np.fromiter(map(hash, chunk.to_pylist()), np.int64, len(chunk)) for chunk in keys.chunks)
-    suspect = set(repeats(hashes, len(keys), folder)[:_BATCH].tolist())
+    suspect = set(repeated_hashes(keys, folder)[:_BATCH].tolist())
     if not suspect:
         return []
     counts = Counter(key for key in chain.from_iterable(chunk.to_pylist() for chunk in keys.chunks) if hash(key) in suspect)
