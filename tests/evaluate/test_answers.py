@@ -16,7 +16,7 @@ ANSWERS = st.lists(st.sampled_from(["cat", "Cat", "the cat", "two", "2", "none",
 
 def asked(answers: list[str], number: int = 0, question_type: str = "what") -> VqaQuestion:
     records = tuple({"answer": a, "answer_id": n} for n, a in enumerate(answers))
-    return VqaQuestion(number, 0, "what is it?", question_type, "other", records)
+    return VqaQuestion(number, (0,), "what is it?", question_type, "other", records)
 
 
 @pytest.mark.parametrize(("num_matches", "target"), [(1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (7, 1.0), (10, 1.0)])

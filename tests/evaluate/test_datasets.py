@@ -26,13 +26,14 @@ def test_easy_vqa_is_read_in_its_published_layout(tmp_path: Path) -> None:
     write_easy_vqa(tmp_path, "train", EASY_ROWS)
     split = open_vqa("easy-vqa", "train", folder=tmp_path)
     assert (split.name, split.num_images) == ("easy-vqa/train", 2)
-    assert [(q.question_id, q.image, q.question_type, q.answer_type) for q in split.questions] == [
+    assert [(q.question_id, *q.images, q.question_type, q.answer_type) for q in split.questions] == [
         (0, 1, "color", "other"),
         (1, 0, "yes/no", "yes/no"),
         (2, 1, "shape", "other"),
         (3, 0, "yes/no", "yes/no"),
     ]
     assert split.image(1).image.getpixel((0, 0)) == (7, 0, 0)
+    assert split.sha256(1) == split.image(1).sha256 != split.sha256(0)
 
 
 def test_a_single_answer_scores_as_exact_match(tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_a_single_answer_scores_as_exact_match(tmp_path: Path) -> None:
 
 def test_scenes_give_ten_answers_and_their_own_images() -> None:
     split = open_vqa("scenes", "val", num_images=3)
-    assert (split.name, split.num_images, {q.image for q in split.questions}) == ("scenes/val:3", 3, {0, 1, 2})
+    assert (split.name, split.num_images, {q.images for q in split.questions}) == ("scenes/val:3", 3, {(0,), (1,), (2,)})
     assert all(len(q.answers) == 10 for q in split.questions)
     assert split.image(2).image.size == (64, 64)
     with pytest.raises(EvaluationError, match="built in"):
@@ -61,7 +62,7 @@ def test_jsonl_takes_answers_or_one_answer_and_fills_in_types(tmp_path: Path) ->
     for name in "ab":
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     split = open_vqa("jsonl", "train", folder=tmp_path)
-    assert [(q.question_id, q.image, q.question_type, q.answer_type, len(q.answers)) for q in split.questions] == [
+    assert [(q.question_id, *q.images, q.question_type, q.answer_type, len(q.answers)) for q in split.questions] == [
         (1, 0, "all", "number", 3),
         ("q7", 1, "is", "yes/no", 10),
         (5, 0, "all", "animal", 10),
@@ -133,5 +134,5 @@ def test_every_registered_data_set_opens_from_its_layout(tmp_path: Path) -> None
     for name in VQA_DATASETS:
         split = open_vqa(name, "train", folder=None if name == "scenes" else tmp_path, num_images=1)
         assert split.num_images == 1
-        assert {q.image for q in split.questions} == {0}
+        assert {q.images for q in split.questions} == {(0,)}
         assert split.image(0).width == 64

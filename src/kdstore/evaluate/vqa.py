@@ -157,9 +157,9 @@ def _scored_row(name: str, config: VqaConfig, task: _Task, model: Model, train_N
     questions = task.evaluated.questions
     states, words = _words(config, task, model)
     head = _fresh_head(config, task, train_NTW.shape[2], states)
-    train_rows = pack_questions([words[q.question] for q in task.asked], [q.image for q in task.asked])
+    train_rows = pack_questions([words[q.question] for q in task.asked], [q.images[0] for q in task.asked])
     loss = fit_head(head, train_NTW, train_rows, task.targets, config, model.device, on_progress=on_progress, stage=f"head: {name}")
-    rows = pack_questions([words[q.question] for q in questions], [q.image for q in questions])
+    rows = pack_questions([words[q.question] for q in questions], [q.images[0] for q in questions])
     answers = [task.vocabulary.spellings[i] for i in answer_questions(head, evaluated_NTW, rows, model.device)]
     record = {"name": config.head, "parameters": head_parameters(head), "loss": loss}
     return VqaRow(name, _accuracy(task, answers, config), record, time.perf_counter() - started)

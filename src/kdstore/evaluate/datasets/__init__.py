@@ -1,66 +1,25 @@
-"""VQA data sets as one form: questions that point at images, and a function that decodes an image.
-
-A data set is one function of (folder, split) in `VQA_DATASETS`. Questions carry ten official answer records. Where a set has a single
-answer per question it is repeated as ten annotators, under which the official metric (2021) is exact match. The official VQA v2 files are left
-to a later version.
-"""
+"""VQA data sets: a data set is one function of (folder, split, number of images wanted) in `VQA_DATASETS`."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kdstore.data.images import decode_image
 from kdstore.data.scenes import Scenes
-from kdstore.data.source import LoadedImage, UndecodableImage
 from kdstore.errors import EvaluationError, UnknownName
+from kdstore.evaluate.datasets.form import VqaQuestion, VqaSplit
 from kdstore.metrics.vqa import normalize_answer
 
+__all__ = ["VQA_DATASETS", "VqaQuestion", "VqaSplit", "open_vqa"]
+
 COLORS = frozenset({"black", "blue", "brown", "cyan", "gray", "green", "grey", "orange", "pink", "purple", "red", "teal", "white", "yellow"})
-
-
-@dataclass(frozen=True)
-class VqaQuestion:
-    """A question on image number `image` of its split; `answers` are records with `answer` and `answer_id`, one per annotator."""
-
-    question_id: int | str
-    image: int
-    question: str
-    question_type: str
-    answer_type: str
-    answers: tuple[dict[str, Any], ...]
-
-    def annotation(self) -> dict[str, Any]:
-        """Return the official annotation record, as `vqa_scores` takes it."""
-        return {"question_id": self.question_id, "question_type": self.question_type, "answer_type": self.answer_type, "answers": list(self.answers)}
-
-
-@dataclass(frozen=True)
-class VqaSplit:
-    """The questions of one split and its images by number; `name` says what it is in results."""
-
-    name: str
-    questions: tuple[VqaQuestion, ...]
-    image_names: tuple[str, ...]
-    load: Callable[[int], LoadedImage]
-
-    @property
-    def num_images(self) -> int:
-        return len(self.image_names)
-
-    def image(self, i: int) -> LoadedImage:
-        """Decode image `i`; raises EvaluationError, since a question without its image has no score."""
-        try:
-            return self.load(i)
-        except UndecodableImage as e:
-            raise EvaluationError(
-                f"Image {self.image_names[i]} of {self.name} cannot be decoded: {e.reason}.", "Restore the image, or take its questions out."
-            ) from e
 
 
 def open_vqa(name: str, split: str, *, folder: str | Path | None = None, num_images: int | None = None) -> VqaSplit:
@@ -72,7 +31,7 @@ def open_vqa(name: str, split: str, *, folder: str | Path | None = None, num_ima
         raise UnknownName.of("VQA data set", name, VQA_DATASETS)
     opened = VQA_DATASETS[name](Path(folder) if folder is not None else None, split, num_images)
     if num_images is not None:
-        questions = tuple(q for q in opened.questions if q.image < num_images)
+        questions = tuple(q for q in opened.questions if max(q.images) < num_images)
         opened = replace(opened, name=f"{opened.name}:{num_images}", questions=questions, image_names=opened.image_names[:num_images])
     if not opened.questions:
         raise EvaluationError(f"{opened.name} holds no question.", "Give a split that has questions.")
@@ -92,9 +51,9 @@ def _scenes(folder: Path | None, split: str, num_images: int | None) -> VqaSplit
 def _drawn_scenes(split: str, num_images: int | None) -> VqaSplit:
     source = Scenes(split, num_images)
     questions = tuple(
-        VqaQuestion(q.question_id, i, q.question, q.question_type, q.answer_type, q.answers) for i in range(len(source)) for q in source.questions(i)
+        VqaQuestion(q.question_id, (i,), q.question, q.question_type, q.answer_type, q.answers) for i in range(len(source)) for q in source.questions(i)
     )
-    return VqaSplit(f"scenes/{split}", questions, tuple(source.key(i) for i in range(len(source))), source.image)
+    return VqaSplit(f"scenes/{split}", questions, tuple(source.key(i) for i in range(len(source))), source.image, lambda i: source.image(i).sha256)
 
 
 def _easy_vqa(folder: Path | None, split: str, num_images: int | None) -> VqaSplit:
@@ -106,7 +65,7 @@ def _easy_vqa(folder: Path | None, split: str, num_images: int | None) -> VqaSpl
     questions = []
     for question_id, (question, answer, image_id) in enumerate(rows):
         question_type = "yes/no" if answer in ("yes", "no") else "color" if answer in COLORS else "shape"
-        questions.append(VqaQuestion(question_id, number[image_id], question, question_type, _answer_type([answer]), _records([answer])))
+        questions.append(VqaQuestion(question_id, (number[image_id],), question, question_type, _answer_type([answer]), _records([answer])))
     return _image_files(f"easy-vqa/{split}", tuple(questions), tuple(root / "images" / f"{image_id}.png" for image_id in image_ids))
 
 
@@ -135,7 +94,7 @@ def _jsonl(folder: Path | None, split: str, num_images: int | None) -> VqaSplit:
         for name, value in types.items():
             if not isinstance(value, str):
                 raise EvaluationError(f"Line {line} of {path} has the {name} {value!r}; expected a text.", "Correct the line.")
-        questions.append(VqaQuestion(question_id, image, row["question"], types["question_type"], types["answer_type"], records))
+        questions.append(VqaQuestion(question_id, (image,), row["question"], types["question_type"], types["answer_type"], records))
     return _image_files(f"jsonl/{split}", tuple(questions), tuple(number))
 
 
@@ -195,16 +154,15 @@ def _answer_type(answers: list[str]) -> str:
 
 
 def _image_files(name: str, questions: tuple[VqaQuestion, ...], paths: tuple[Path, ...]) -> VqaSplit:
-    def load(i: int) -> LoadedImage:
+    def read(i: int) -> bytes:
         try:
-            content = paths[i].read_bytes()
+            return paths[i].read_bytes()
         except OSError as e:
             raise EvaluationError(
                 f"No image {paths[i].name} in {paths[i].parent} ({e.strerror}).", "Give the folder that holds the images, as the questions name them."
             ) from e
-        return decode_image(content)
 
-    return VqaSplit(name, questions, tuple(str(p) for p in paths), load)
+    return VqaSplit(name, questions, tuple(str(p) for p in paths), lambda i: decode_image(read(i)), lambda i: hashlib.sha256(read(i)).hexdigest())
 
 
 VQA_DATASETS: dict[str, Callable[[Path | None, str, int | None], VqaSplit]] = {"scenes": _scenes, "easy-vqa": _easy_vqa, "jsonl": _jsonl}

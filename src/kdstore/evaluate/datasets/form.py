@@ -1,0 +1,67 @@
+"""The one form of a VQA data set: questions that point at images, and a function that decodes an image.
+
+Questions carry the annotators' answers as official records. Where a set has a single answer per question it is repeated as ten annotators, under
+which the official accuracy (2021) is exact match. What only one data set's metric needs travels in `extra`, under its owner's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdstore.data.source import LoadedImage, UndecodableImage
+from kdstore.errors import EvaluationError
+
+
+@dataclass(frozen=True)
+class VqaQuestion:
+    """A question on images of its split, by number (NLVR2: two); `answers` are records with `answer` and `answer_id`, one per annotator."""
+
+    question_id: int | str
+    images: tuple[int, ...]
+    question: str
+    question_type: str
+    answer_type: str
+    answers: tuple[dict[str, Any], ...]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def annotation(self) -> dict[str, Any]:
+        """Return the official annotation record, and `extra`, as the functions of METRICS take it."""
+        return {
+            "question_id": self.question_id,
+            "question_type": self.question_type,
+            "answer_type": self.answer_type,
+            "answers": list(self.answers),
+            "extra": self.extra,
+        }
+
+
+@dataclass(frozen=True)
+class VqaSplit:
+    """The questions of one split and its images by number; `name` says what it is in results, `metric` which of METRICS scores it.
+
+    `answered` is False for a test split whose answers its owner keeps: its questions have none. `sha256` returns the hex digest of an encoded
+    image, read when it is asked for.
+    """
+
+    name: str
+    questions: tuple[VqaQuestion, ...]
+    image_names: tuple[str, ...]
+    load: Callable[[int], LoadedImage]
+    sha256: Callable[[int], str]
+    metric: str = "vqa"
+    answered: bool = True
+
+    @property
+    def num_images(self) -> int:
+        return len(self.image_names)
+
+    def image(self, i: int) -> LoadedImage:
+        """Decode image `i`; raises EvaluationError, since a question without its image has no score."""
+        try:
+            return self.load(i)
+        except UndecodableImage as e:
+            raise EvaluationError(
+                f"Image {self.image_names[i]} of {self.name} cannot be decoded: {e.reason}.", "Restore the image, or take its questions out."
+            ) from e
