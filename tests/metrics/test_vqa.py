@@ -271,7 +271,7 @@ def test_missing_and_extra_predictions_are_named(ids: list[int], message: str) -
 def test_bad_input_gets_one_clear_line() -> None:
     with pytest.raises(EvaluationError, match="no questions"):
         vqa_scores([], [])
-    with pytest.raises(EvaluationError, match="Question 1 has more than one annotation"):
+    with pytest.raises(EvaluationError, match="Question 1 is there more than once"):
         vqa_scores([], [annotation(1, "x", 9)] * 2)
     with pytest.raises(EvaluationError, match="Question 1: An answer must be a string"):
         vqa_scores([{"question_id": 1, "answer": 3}], [annotation(1, "x", 9)])

@@ -1,5 +1,7 @@
 """Evaluation: what a model's frozen features are worth in visual question answering and in retrieval."""
 
+from kdstore.metrics.answers import METRICS, predictions_of, score_answers
+from kdstore.metrics.scores import Scores
 from kdstore.metrics.vqa import vqa_accuracy
 
-__all__ = ["vqa_accuracy"]
+__all__ = ["METRICS", "Scores", "predictions_of", "score_answers", "vqa_accuracy"]

@@ -23,6 +23,7 @@ from importlib.resources import files
 from typing import Any
 
 from kdstore.errors import EvaluationError, UnknownName
+from kdstore.metrics.scores import Question, QuestionId, Scores, answer_text, by_id, check_same_ids, field_of, rounded_percent, scores_of
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
@@ -73,32 +74,45 @@ def vqa_scores(
     """
     if version not in VERSIONS:
         raise UnknownName.of("version of the VQA accuracy", version, VERSIONS)
-    annotation_of = _by_id(annotations)
-    answer_of = {_field(p, "question_id", "prediction"): _field(p, "answer", "prediction") for p in predictions}
-    _check_same_questions(answer_of, annotation_of)
-    fractions: dict[Any, float] = {}
-    by_question_type: dict[str, dict[Any, float]] = {}
-    by_answer_type: dict[str, dict[Any, float]] = {}
-    for question_id, annotation in annotation_of.items():
-        try:
-            fraction = _fraction(answer_of[question_id], _field(annotation, "answers", "annotation"), VERSIONS[version])
-        except EvaluationError as e:
-            raise EvaluationError(f"Question {question_id}: {e.message}", e.hint) from e
-        fractions[question_id] = fraction
-        by_question_type.setdefault(_field(annotation, "question_type", "annotation"), {})[question_id] = fraction
-        by_answer_type.setdefault(_field(annotation, "answer_type", "annotation"), {})[question_id] = fraction
+    annotation_of = by_id(annotations)
+    answer_of = {field_of(p, "question_id", "prediction"): field_of(p, "answer", "prediction") for p in predictions}
+    check_same_ids(answer_of, annotation_of)
+    fractions = vqa_fractions(annotation_of, answer_of, version)
+    of_question_type = _split(fractions, annotation_of, "question_type")
+    of_answer_type = _split(fractions, annotation_of, "answer_type")
     return {
         "accuracy": {
-            "overall": _percent_mean(fractions, decimals),
-            "perQuestionType": {kind: _percent_mean(group, decimals) for kind, group in by_question_type.items()},
-            "perAnswerType": {kind: _percent_mean(group, decimals) for kind, group in by_answer_type.items()},
+            "overall": rounded_percent(fractions.values(), decimals),
+            "perQuestionType": {kind: rounded_percent(group.values(), decimals) for kind, group in of_question_type.items()},
+            "perAnswerType": {kind: rounded_percent(group.values(), decimals) for kind, group in of_answer_type.items()},
         },
         "evalQA": _percents(fractions, decimals),
-        "evalQuesType": {kind: _percents(group, decimals) for kind, group in by_question_type.items()},
-        "evalAnsType": {kind: _percents(group, decimals) for kind, group in by_answer_type.items()},
+        "evalQuesType": {kind: _percents(group, decimals) for kind, group in of_question_type.items()},
+        "evalAnsType": {kind: _percents(group, decimals) for kind, group in of_answer_type.items()},
         "vqa_version": version,
         "num_questions": len(fractions),
     }
+
+
+def score_vqa(question_of: Mapping[QuestionId, Question], predictions: Mapping[QuestionId, str], version: str) -> Scores:
+    """Score as the official evaluator of VQA v1, VQA v2 and OK-VQA: `overall`, `perQuestionType`, `perAnswerType`, rounded to two decimals."""
+    breakdowns = {
+        name: {question_id: field_of(question, of, "question") for question_id, question in question_of.items()}
+        for name, of in (("perQuestionType", "question_type"), ("perAnswerType", "answer_type"))
+    }
+    fractions = vqa_fractions(question_of, predictions, version)
+    return scores_of("vqa", version, fractions, main="overall", mean=rounded_percent, breakdowns=breakdowns)
+
+
+def vqa_fractions(question_of: Mapping[QuestionId, Question], predictions: Mapping[QuestionId, str], version: str) -> dict[QuestionId, float]:
+    """Return the accuracy of every question, 0 to 1, in the order of the questions; an error names its question."""
+    fractions = {}
+    for question_id, question in question_of.items():
+        try:
+            fractions[question_id] = _fraction(predictions[question_id], field_of(question, "answers", "question"), VERSIONS[version])
+        except EvaluationError as e:
+            raise EvaluationError(f"Question {question_id}: {e.message}", e.hint) from e
+    return fractions
 
 
 @functools.lru_cache(maxsize=1 << 18)  # a validation split of VQA v2 holds about 100,000 different answers
@@ -150,58 +164,26 @@ def _compared_m4c(prediction: str, answers: list[str]) -> tuple[str, list[str]]:
 
 
 def _fraction(prediction: str, answers: Sequence[Answer], compared: Callable[[str, list[str]], tuple[str, list[str]]]) -> float:
-    texts = [_text_of(a) for a in answers]
+    texts = [answer_text(a) for a in answers]
     if not texts:
         raise EvaluationError("There is no human answer to compare with.", "Give the answers of all annotators.")
-    given, wanted = compared(_text_of(prediction), texts)
+    given, wanted = compared(answer_text(prediction), texts)
     hits = [given == answer for answer in wanted]
     num_hits = sum(hits)
     # Summed in the annotators' order, as published: another order may round to another last digit.
     return float(sum(min(1.0, (num_hits - hit) / 3) for hit in hits)) / len(hits)
 
 
-def _text_of(answer: Answer) -> str:
-    text = answer if isinstance(answer, str) else answer.get("answer") if isinstance(answer, dict) else None
-    if not isinstance(text, str):
-        raise EvaluationError(f"An answer must be a string or a record with a string 'answer', found {answer!r}.", "Correct the answers file.")
-    return text
+def _split(fractions: dict[QuestionId, float], annotation_of: Mapping[QuestionId, Question], name: str) -> dict[str, dict[QuestionId, float]]:
+    """Split per-question values by a field of the annotation."""
+    groups: dict[str, dict[QuestionId, float]] = {}
+    for question_id, fraction in fractions.items():
+        groups.setdefault(field_of(annotation_of[question_id], name, "annotation"), {})[question_id] = fraction
+    return groups
 
 
-def _percents(fractions: dict[Any, float], decimals: int) -> dict[Any, float]:
+def _percents(fractions: Mapping[QuestionId, float], decimals: int) -> dict[QuestionId, float]:
     return {question_id: round(100 * fraction, decimals) for question_id, fraction in fractions.items()}
-
-
-def _percent_mean(fractions: dict[Any, float], decimals: int) -> float:
-    return round(100 * float(sum(fractions.values())) / len(fractions), decimals)  # the published expression: ties of the rounding depend on it
-
-
-def _by_id(annotations: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
-    annotation_of: dict[Any, Mapping[str, Any]] = {}
-    for annotation in annotations:
-        question_id = _field(annotation, "question_id", "annotation")
-        if question_id in annotation_of:
-            raise EvaluationError(f"Question {question_id} has more than one annotation.", "Keep one annotation per question id.")
-        annotation_of[question_id] = annotation
-    if not annotation_of:
-        raise EvaluationError("There are no questions to score.", "Give at least one annotation.")
-    return annotation_of
-
-
-def _check_same_questions(answer_of: dict[Any, Any], annotation_of: dict[Any, Any]) -> None:
-    missing = [q for q in annotation_of if q not in answer_of]
-    extra = [q for q in answer_of if q not in annotation_of]
-    if missing or extra:
-        first = f"question {missing[0]} has no prediction" if missing else f"prediction {extra[0]} has no question"
-        raise EvaluationError(
-            f"Predictions and annotations differ in question ids: {len(missing)} without a prediction, {len(extra)} without a question (first: {first}).",
-            "Predict every question of the split, and no other.",
-        )
-
-
-def _field(record: Mapping[str, Any], name: str, what: str) -> Any:
-    if name not in record:
-        raise EvaluationError(f"A {what} has no field '{name}'; it has {', '.join(map(str, record)) or 'none'}.", "Use the official field names.")
-    return record[name]
 
 
 VERSIONS: dict[str, Callable[[str, list[str]], tuple[str, list[str]]]] = {"2021": _compared_2021, "2016": _compared_2016, "m4c": _compared_m4c}
