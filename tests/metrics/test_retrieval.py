@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdstore.errors import EvaluationError
-from kdstore.metrics.retrieval import recall_ceiling, retrieval_recall, top_k
+from kdstore.metrics.neighbours import list_search, nearest, others_nearest, share_found, top_k
+from kdstore.metrics.retrieval import recall_ceiling, retrieval_recall
 
 
 def signs(rng: np.random.Generator, rows: int, width: int = 16) -> np.ndarray:
@@ -59,6 +60,36 @@ def test_of_equal_candidates_the_lower_row_comes_first() -> None:
 def test_ties_between_different_candidates_are_not_cut_off() -> None:
     candidate = np.eye(64, dtype=np.float32)[::-1]  # every one has similarity 1 to the query
     assert top_k(np.ones((2, 64), np.float32), candidate, 10).tolist() == [list(range(10))] * 2
+
+
+def test_the_nearest_others_leave_the_row_itself_out_even_among_its_equals() -> None:
+    assert others_nearest(np.eye(3)[[0, 0, 0, 1]], 2).tolist() == [[1, 2], [0, 2], [0, 1], [0, 1]]
+    with pytest.raises(EvaluationError, match="need more than 4 rows, found 4"):
+        others_nearest(np.eye(4), 4)
+
+
+def test_lists_find_what_they_look_at_and_say_what_they_miss() -> None:
+    rng = np.random.default_rng(0)
+    candidate = rng.normal(size=(3000, 16)).astype(np.float32)
+    candidate /= np.linalg.norm(candidate, axis=1, keepdims=True)
+    candidate[1500:1600] = candidate[:100]
+    query = candidate[rng.permutation(3000)[:300]]
+    assert share_found(query, candidate, 5, list_search(probes=10**6)) == 100
+    missed = share_found(query, candidate, 5, list_search(probes=2))
+    assert 20 < missed < 90
+    found = nearest(query, candidate, 5, list_search(probes=2))[1]
+    shares = [len(set(of_query) & set(exact)) / 5 for of_query, exact in zip(found.tolist(), top_k(query, candidate, 5).tolist(), strict=True)]
+    assert missed == pytest.approx(100 * float(np.mean(shares)))
+    assert retrieval_recall(query, candidate[:300], np.arange(300), search=list_search(10**6)) == retrieval_recall(query, candidate[:300], np.arange(300))
+
+
+def test_what_an_index_does_not_find_is_no_hit() -> None:
+    candidate = np.eye(4, dtype=np.float32)
+
+    def blind(_):
+        return lambda query, depth: (np.full((len(query), depth), -1e38, np.float32), np.full((len(query), depth), -1))
+
+    assert set(retrieval_recall(candidate, candidate, np.arange(4), search=blind).values()) == {0}
 
 
 def test_k_beyond_the_candidates_looks_at_all_of_them() -> None:

@@ -22,7 +22,8 @@ from kdstore.distill.loop import Training
 from kdstore.distill.pairs import PROBE, Pairs, Rows
 from kdstore.distill.views import Kept, Pixels
 from kdstore.errors import ConfigError, SourceError
-from kdstore.metrics.agreement import mean_cosine, top1_agreement, zeroshot_accuracy
+from kdstore.metrics.agreement import mean_cosine, top1_agreement
+from kdstore.metrics.classification import zeroshot_accuracy
 from kdstore.metrics.retrieval import retrieval_recall
 from kdstore.models import towers
 from kdstore.progress import OnProgress

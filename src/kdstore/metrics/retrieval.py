@@ -3,41 +3,54 @@
 Keys are those of CLIP Benchmark: `image_retrieval_recall@K` averages over texts (a hit: the text's image is among the top K images),
 `text_retrieval_recall@K` over images (a hit: at least one of its captions is among the top K texts). That tool states fractions.
 
-The rule for ties, which common tools leave to chance: of equal similarities the lower row wins. Candidates with equal embeddings are
-searched once and expanded afterwards, since a matrix product may give equal rows similarities that differ in the last bit.
+Of equal similarities the lower row wins (`neighbours`), which common tools leave to chance.
 
-N images, M texts, D width, Q queries, C candidates, U different candidates, K depth.
+N images, M texts, D width, K depth.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import faiss
 import numpy as np
 
 from kdstore.errors import EvaluationError
+from kdstore.metrics.neighbours import Array, Search, exact_search, nearest
+from kdstore.metrics.unit import finite_unit_rows
 
 KS = (1, 5, 10)
-_QUERIES_AT_ONCE = 4096
 
 
-def retrieval_recall(image_ND: np.ndarray, text_MD: np.ndarray, image_of_text_M: np.ndarray, ks: Sequence[int] = KS) -> dict[str, float]:
+def retrieval_recall(
+    image_ND: np.ndarray, text_MD: np.ndarray, image_of_text_M: np.ndarray, ks: Sequence[int] = KS, search: Callable[[Array], Search] = exact_search
+) -> dict[str, float]:
     """Return recall at each K in both directions, in percent; embeddings are normalised here, `image_of_text_M` holds each text's image row.
 
     A K beyond the number of candidates looks at all of them. Raises EvaluationError for values that are not finite, shapes that do not fit,
     or an image without a caption.
     """
-    image_ND, text_MD = _normalised(image_ND, "image"), _normalised(text_MD, "text")
+    return recall_of_hits(*retrieval_hits(image_ND, text_MD, image_of_text_M, max(ks), search), ks)
+
+
+def retrieval_hits(
+    image_ND: np.ndarray, text_MD: np.ndarray, image_of_text_M: np.ndarray, depth: int, search: Callable[[Array], Search] = exact_search
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each text's image and where a text of each image stand: bool [M, depth] and [N, depth], best first; raises as `retrieval_recall`."""
+    image_ND, text_MD = finite_unit_rows(image_ND, "image embeddings"), finite_unit_rows(text_MD, "text embeddings")
     image_of_text_M = _checked_pairs(image_of_text_M, len(image_ND), len(text_MD))
-    image_of_text_MK = top_k(text_MD, image_ND, max(ks))
-    text_of_image_NK = top_k(image_ND, text_MD, max(ks))
+    image_of_text_MK = nearest(text_MD, image_ND, depth, search)[1]
+    text_of_image_NK = nearest(image_ND, text_MD, depth, search)[1]
     image_hit_MK = image_of_text_MK == image_of_text_M[:, None]
-    text_hit_NK = image_of_text_M[text_of_image_NK] == np.arange(len(image_ND))[:, None]
-    return {f"image_retrieval_recall@{k}": 100 * float(image_hit_MK[:, :k].any(axis=1).mean()) for k in ks} | {
-        f"text_retrieval_recall@{k}": 100 * float(text_hit_NK[:, :k].any(axis=1).mean()) for k in ks
+    text_hit_NK = (image_of_text_M[text_of_image_NK] == np.arange(len(image_ND))[:, None]) & (text_of_image_NK >= 0)
+    return image_hit_MK, text_hit_NK
+
+
+def recall_of_hits(image_hit_MK: np.ndarray, text_hit_NK: np.ndarray, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Return recall at each K, in percent, of the hits in both directions."""
+    return {
+        f"{side}_retrieval_recall@{k}": 100 * float(hit[:, :k].any(axis=1).mean()) for side, hit in (("image", image_hit_MK), ("text", text_hit_NK)) for k in ks
     }
 
 
@@ -64,63 +77,8 @@ def recall_ceiling(captions: Sequence[str], image_of_text_M: np.ndarray, ks: Seq
     return ceiling
 
 
-def top_k(query_QD: np.ndarray, candidate_CD: np.ndarray, k: int) -> np.ndarray:
-    """Return the rows of the min(k, C) candidates of largest inner product per query, best first, int64; of equal ones the lower row first."""
-    if k < 1:
-        raise EvaluationError(f"Recall needs K of at least 1, found {k}.", "Correct the list of K.")
-    k = min(k, len(candidate_CD))
-    candidate_CD = np.ascontiguousarray(candidate_CD, np.float32)
-    unique_UD, group_C = np.unique(candidate_CD, axis=0, return_inverse=True)
-    members_UK = _lowest_members(group_C.reshape(-1), len(unique_UD), k)
-    index = faiss.IndexFlatIP(candidate_CD.shape[1])
-    index.add(unique_UD)
-    found_QK = np.empty((len(query_QD), k), np.int64)
-    for start in range(0, len(query_QD), _QUERIES_AT_ONCE):
-        query_BD = np.ascontiguousarray(query_QD[start : start + _QUERIES_AT_ONCE], np.float32)
-        found_QK[start : start + len(query_BD)] = _search(index, query_BD, members_UK, k)
-    return found_QK
-
-
-def _search(index: faiss.IndexFlatIP, query_BD: np.ndarray, members_UK: np.ndarray, k: int) -> np.ndarray:
-    """Search groups of equal candidates deep enough that no tie is cut off, then order their members by (similarity, row)."""
-    depth = min(index.ntotal, k + 1)
-    while True:
-        score_BG, group_BG = index.search(query_BD, depth)
-        # Groups beyond the k-th matter only if their similarity ties with it.
-        if depth == index.ntotal or bool((score_BG[:, -1] < score_BG[:, min(k, depth) - 1]).all()):
-            break
-        depth = min(index.ntotal, 4 * depth)
-    row_BGK = members_UK[group_BG]
-    score_BGK = np.where(row_BGK < 0, -np.inf, score_BG[:, :, None])
-    row_BR, score_BR = row_BGK.reshape(len(query_BD), -1), score_BGK.reshape(len(query_BD), -1)
-    order_BR = np.lexsort((row_BR, -score_BR), axis=1)[:, :k]
-    return np.take_along_axis(row_BR, order_BR, axis=1)
-
-
-def _lowest_members(group_C: np.ndarray, num_groups: int, k: int) -> np.ndarray:
-    """Return the lowest k rows of each group of equal candidates, padded with -1: no more of one group can be among the top k."""
-    by_group_C = np.argsort(group_C, kind="stable")
-    size_U = np.bincount(group_C, minlength=num_groups)
-    place_C = np.arange(len(group_C)) - np.repeat(np.cumsum(size_U) - size_U, size_U)
-    members_UK = np.full((num_groups, min(k, int(size_U.max()))), -1, np.int64)
-    kept_C = place_C < k
-    members_UK[group_C[by_group_C][kept_C], place_C[kept_C]] = by_group_C[kept_C]
-    return members_UK
-
-
 def _chance_of_own(num_equal: int, num_own: int, k: int) -> float:
     return 1.0 if k >= num_equal else 1 - math.comb(num_equal - num_own, k) / math.comb(num_equal, k)
-
-
-def _normalised(embedding_RD: np.ndarray, side: str) -> np.ndarray:
-    """Return unit rows in float32; a zero row stays zero."""
-    if embedding_RD.ndim != 2 or len(embedding_RD) == 0:
-        raise EvaluationError(f"Expected {side} embeddings of shape (rows, width), found {embedding_RD.shape}.", "Give at least one row.")
-    embedding_RD = np.asarray(embedding_RD, np.float32)
-    bad = int((~np.isfinite(embedding_RD)).any(axis=1).sum())
-    if bad:
-        raise EvaluationError(f"{bad} of {len(embedding_RD)} {side} embeddings are not finite.", "Leave invalid rows out.")
-    return embedding_RD / np.maximum(np.linalg.norm(embedding_RD, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
 def _checked_pairs(image_of_text_M: np.ndarray, num_images: int | None, num_texts: int) -> np.ndarray:
