@@ -221,3 +221,42 @@ def test_grouping_keeps_every_row_once_in_order(names, chunk):
 
 def test_the_registry_names_are_prefixes_that_open():
     assert set(SOURCES) == {"scenes", "hf"}
+
+
+def test_labels_are_captions_of_the_kind_probe_by_their_names(tmp_path):
+    columns = {"label": [1, 0, -1], "number": [7, 0, 3], "image": [{"bytes": png((k, 0, 0)), "path": None} for k in range(3)]}
+    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"]), "number": datasets.Value("int64"), "image": datasets.Image()})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "rows.parquet")
+    assert [[(c.text, c.kind) for c in open_source(f"{tmp_path}/rows.parquet?probe=label,number").captions(i)] for i in range(3)] == [
+        [("dog", "probe"), ("7", "probe")],
+        [("cat", "probe"), ("0", "probe")],
+        [("3", "probe")],
+    ]
+
+
+def test_a_folder_of_class_folders_is_a_labelled_source(tmp_path):
+    for name in ("n02/b.JPEG", "n01/deep/a.png", "n01/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "n02" / "notes.txt").touch()
+    source = open_source(str(tmp_path))
+    assert [(source.key(i), [(c.text, c.kind) for c in source.captions(i)]) for i in range(len(source))] == [
+        ("n01/c.png", [("n01", "probe")]),
+        ("n01/deep/a.png", [("n01", "probe")]),
+        ("n02/b.JPEG", [("n02", "probe")]),
+    ]
+    assert source.image(2).width == 12
+    with pytest.raises(UnknownName, match="probe"):
+        open_source(f"{tmp_path}?probe=label")
+
+
+def test_scenes_have_labels_when_asked_for_them():
+    plain, labelled = open_source("scenes/test:20"), open_source("scenes/test:20?probe=leftmost-color")
+    assert labelled.spec == "scenes/test:20?probe=leftmost-color"
+    for i in range(20):
+        leftmost = min(plain.scene(i).things, key=lambda t: t.x)
+        assert labelled.captions(i)[:-1] == plain.captions(i)
+        assert (labelled.captions(i)[-1].text, labelled.captions(i)[-1].kind) == (leftmost.color, "probe")
+        assert {c.text for c in open_source("scenes/test:20?probe=shape").captions(i) if c.kind == "probe"} == {t.shape for t in plain.scene(i).things}
+    with pytest.raises(UnknownName, match="leftmost-color"):
+        open_source("scenes/test:20?probe=leftmost-colour")

@@ -66,12 +66,13 @@ def list_sources(as_json: Json = False) -> None:
     """List the kinds of data that --data takes."""
     forms = {
         "scenes[/SPLIT][:N]": "the built-in world; splits train, val, test, retrieval",
-        "FOLDER": "images with metadata.csv, .jsonl or .parquet (file_name, caption or captions), or tars",
+        "FOLDER": "images with metadata.csv, .jsonl or .parquet (file_name, caption or captions), or tars, or a folder per class",
         "FILE": "a .csv, .tsv, .json, .jsonl or .parquet table with image (path or bytes) and caption columns",
         "shards/{00000..00099}.tar": "plain tars of webdataset or img2dataset, by braces, globs or name",
         "captions_NAME.json": "COCO captions with the image folder NAME near it (?images=FOLDER)",
         "hf:ORG/NAME[/CONFIG][:SPLIT]": "a dataset of the Hugging Face Hub",
         "...?image=A&caption=B,C&synthetic=D&probe=E": "names columns (tables), or suffixes of members and json fields (tars)",
+        "scenes...?probe=LABEL": "the built-in world with labels, such as leftmost-color",
         "...?key=NAME, ?key=sha256": "keys from a column or field, or from the images' content",
     }
     show(forms, as_json)

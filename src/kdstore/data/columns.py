@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 
 from kdstore.data.images import decode_image
 from kdstore.data.mapped import repeated_hashes
-from kdstore.data.source import Caption, LoadedImage, UndecodableImage
+from kdstore.data.source import PROBE, Caption, LoadedImage, UndecodableImage
 from kdstore.errors import SourceError
 
-KINDS = {"caption": "human", "synthetic": "synthetic", "probe": "probe"}
+KINDS = {"caption": "human", "synthetic": "synthetic", "probe": PROBE}
 """Option of a spec -> kind of the captions in the columns that it names."""
 CONTENT = "sha256"
 """`?key=sha256`: keys are hashes of the encoded images."""

@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from kdstore.data.source import Caption, LoadedImage
+from kdstore.data.source import PROBE, Caption, LoadedImage
 from kdstore.errors import SourceError, UnknownName
 
 T = TypeVar("T")
@@ -306,6 +306,19 @@ def _count_caption(scene: Scene) -> str:
     return " and ".join(parts)
 
 
+LABELS = ("count", "object", *ATTRIBUTES, *(f"leftmost-{attribute}" for attribute in ATTRIBUTES))
+"""What `?probe=` takes: how many objects there are, their colours with their shapes, or one attribute, of all of them or of the leftmost."""
+
+
+def labels(scene: Scene, kind: str) -> tuple[str, ...]:
+    """Return the labels of a scene, each once; one of them for the count and for what is leftmost."""
+    if kind == "count":
+        return (f"{NUMBER_WORDS[len(scene.things)]} {_plural('object', len(scene.things))}",)
+    things = sorted(scene.things, key=lambda t: t.x)[: 1 if kind.startswith("leftmost-") else None]
+    attributes = ("color", "shape") if kind == "object" else (kind.removeprefix("leftmost-"),)
+    return tuple(dict.fromkeys(thing.named(*attributes) for thing in things))
+
+
 def _a(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
@@ -441,14 +454,17 @@ class Scenes:
 
     notices: tuple[str, ...] = ()
 
-    def __init__(self, split: str = "train", size: int | None = None) -> None:
+    def __init__(self, split: str = "train", size: int | None = None, probe: str | None = None) -> None:
         if split not in SPLITS:
             raise UnknownName.of("scenes split", split, SPLITS)
         self.split = split
         self.size = DEFAULT_SIZE[split] if size is None else size
         if self.size < 1:
             raise SourceError(f"A source of scenes needs at least one scene, found {size}.", "Write scenes:N with N of 1 or more.")
-        self.spec = f"scenes/{split}:{self.size}"
+        if probe is not None and probe not in LABELS:
+            raise UnknownName.of("label of scenes", probe, LABELS)
+        self.probe = probe
+        self.spec = f"scenes/{split}:{self.size}" + (f"?{PROBE}={probe}" if probe else "")
         self._attempts = _unique_attempts(self.size) if split == "retrieval" else {}
 
     def __len__(self) -> int:
@@ -461,7 +477,8 @@ class Scenes:
         return make_scene(self.split, i, self._attempts.get(i, 0))
 
     def captions(self, i: int) -> tuple[Caption, ...]:
-        return captions(self.scene(i), self.split, i)
+        scene = self.scene(i)
+        return captions(scene, self.split, i) + tuple(Caption(label, PROBE) for label in (labels(scene, self.probe) if self.probe else ()))
 
     def image(self, i: int) -> LoadedImage:
         pixels = _pixels(self.split, i, self._attempts.get(i, 0))

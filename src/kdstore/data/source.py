@@ -11,6 +11,9 @@ from typing import Protocol
 
 from PIL import Image
 
+PROBE = "probe"
+"""The kind of captions that test a model: labels. They are not trained on, and are no captions in retrieval."""
+
 
 @dataclass(frozen=True)
 class Caption:

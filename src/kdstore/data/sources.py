@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
-from kdstore.data import coco, tables, tars
+from kdstore.data import classfolders, coco, tables, tars
 from kdstore.data.scenes import SPLITS, Scenes
-from kdstore.data.source import Source
+from kdstore.data.source import PROBE, Source
 from kdstore.errors import SourceError, UnknownName
 from kdstore.progress import OnProgress, silent
 
@@ -32,15 +32,14 @@ def open_source(spec: str, *, on_progress: OnProgress = silent) -> Source:
 
 
 def _open_scenes(name: str, options: dict[str, str]) -> Source:
-    if options:
-        raise SourceError(f"The built-in scenes have no columns, but {', '.join(options)} was given.", f"Write {name}.")
+    _spec(name, options, (PROBE,))
     world, _, size = name.partition(":")
     split = world.partition("/")[2] or "train"
     if split not in SPLITS:
         raise UnknownName.of("scenes split", split, SPLITS)
     if size and not size.isdigit():
         raise SourceError(f"'{size}' in {name} is not a number of scenes.", "Write scenes:N or scenes/SPLIT:N.")
-    return Scenes(split, int(size) if size else None)
+    return Scenes(split, int(size) if size else None, options.get(PROBE))
 
 
 def _open_hub(name: str, options: dict[str, str]) -> Source:
@@ -57,6 +56,8 @@ def _open_files(name: str, options: dict[str, str], on_progress: OnProgress) -> 
     where = os.path.abspath(name)
     if path.is_dir():
         path = _listed(path)
+    if path.is_dir() and not any(path.glob("*.tar")):
+        return classfolders.open_class_folders(_spec(where, options, ()), path)
     if path.is_dir():
         return tars.open_tars(_spec(where, options, tars.OPTIONS), sorted(Path(where).glob("*.tar")), options, on_progress)
     if tars.is_tar(name):
@@ -75,15 +76,17 @@ def _open_files(name: str, options: dict[str, str], on_progress: OnProgress) -> 
 
 
 def _listed(folder: Path) -> Path:
-    """Return a folder's list of images, or the folder itself where it holds tars."""
+    """Return a folder's list of images, or the folder itself where it holds tars or a folder per class."""
     found = sorted(path.name for path in folder.iterdir())
     lists = [f"metadata{suffix}" for suffix in tables.FORMATS if f"metadata{suffix}" in found]
     if lists:
         return folder / lists[0]
-    if any(name.endswith(".tar") for name in found):
+    if any(name.endswith(".tar") for name in found) or classfolders.has_class_folders(folder):
         return folder
     shown = ", ".join(found[:6]) or "nothing"
-    raise SourceError(f"No metadata.csv, .jsonl or .parquet and no .tar in {folder} (found {shown}).", "Put file_name and caption columns there.")
+    raise SourceError(
+        f"No metadata.csv, .jsonl or .parquet, no .tar and no folders of images in {folder} (found {shown}).", "Put file_name and caption columns there."
+    )
 
 
 def _spec(name: str, options: dict[str, str], known: tuple[str, ...]) -> str:

@@ -20,7 +20,7 @@ import pyarrow.csv
 from kdstore.data.columns import CONTENT, KINDS, ColumnSource, by_content, content_keys, distinct, group
 from kdstore.data.images import MAX_BYTES
 from kdstore.data.mapped import mapped_table
-from kdstore.data.source import UndecodableImage
+from kdstore.data.source import PROBE, UndecodableImage
 from kdstore.errors import SourceError, UnknownName
 
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path", "img", "jpg", "png")
@@ -33,7 +33,7 @@ OPTIONS = ("image", *KINDS, "key")
 
 def open_table(spec: str, path: Path, options: dict[str, str]) -> ColumnSource:
     """Open a file of rows; paths in its cells are read inside its folder only."""
-    return table_source(spec, _read_table(path), path.parent.resolve(), options)
+    return table_source(spec, _read_table(path, options), path.parent.resolve(), options)
 
 
 def open_hub(spec: str, name: str, options: dict[str, str]) -> ColumnSource:
@@ -48,19 +48,30 @@ def open_hub(spec: str, name: str, options: dict[str, str]) -> ColumnSource:
     except Exception as e:  # the hub client raises its own, the network's and the builder's errors
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise SourceError(f"Cannot open the hub dataset {name}: {lines[0][:200]}", "Check the name, the configuration, the split and the network.") from e
-    return table_source(spec, rows.data.table, None, options)
+    return table_source(spec, _with_class_names(rows, options), None, options)
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_table(path: Path, options: dict[str, str]) -> pa.Table:
     import datasets
 
     try:
         if FORMATS[path.suffix] == "csv":
             return _read_texts(path, "\t" if path.suffix == ".tsv" else ",")
-        return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train").data.table
+        return _with_class_names(datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train"), options)
     except Exception as e:  # builders raise pandas', Arrow's and their own errors
         cause = e.__cause__ or e
         raise SourceError(f"Cannot read {path}: {str(cause).strip().splitlines()[0][:200]}", "Check that it is a whole table.") from e
+
+
+def _with_class_names(rows: Any, options: dict[str, str]) -> pa.Table:
+    """Return the table of a `datasets.Dataset`, its columns of labels as texts: the names that a ClassLabel has, else the numbers (-1, no label, as none)."""
+    table = rows.data.table
+    for name in (n for n in options.get(PROBE, "").split(",") if n in table.column_names and pa.types.is_integer(table[n].type)):
+        names = getattr(rows.features[name], "names", None)
+        known = pc.if_else(pc.greater_equal(table[name], 0), table[name], None)
+        texts = known.cast(pa.large_string()) if names is None else pc.take(pa.array(names, pa.large_string()), known)
+        table = table.set_column(table.column_names.index(name), name, texts)
+    return table
 
 
 def _read_texts(path: Path, separator: str) -> pa.Table:

@@ -14,14 +14,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdstore.data.source import Source
+from kdstore.data.source import PROBE, Source
 from kdstore.progress import OnProgress, silent
 from kdstore.store import Store, join_sources
 
 Rows = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 SIDES = ("image", "text")
-PROBE, SYNTHETIC = "probe", "synthetic"  # kinds of captions: those that test a teacher are not trained on
+SYNTHETIC = "synthetic"  # a kind of captions
 INVALID = "not valid in the store"  # the reason that an extraction has told already
 
 

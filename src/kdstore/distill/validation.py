@@ -15,11 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdstore.data.source import Source, UndecodableImage
+from kdstore.data.source import PROBE, Source, UndecodableImage
 from kdstore.data.sources import open_source
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.loop import Training
-from kdstore.distill.pairs import PROBE, Pairs, Rows
+from kdstore.distill.pairs import Pairs, Rows
 from kdstore.distill.views import Kept, Pixels
 from kdstore.errors import ConfigError, SourceError
 from kdstore.metrics.agreement import mean_cosine, top1_agreement
