@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from kdstore.data.sources import open_source
 from kdstore.errors import ConfigError
+from kdstore.evaluate.outcomes import read_outcomes
 from kdstore.evaluate.results import markdown_table, read_result
 from kdstore.evaluate.retrieval import RetrievalConfig, evaluate_retrieval
 from kdstore.metrics.retrieval import retrieval_recall
@@ -46,6 +47,10 @@ def test_recall_is_that_of_the_models_embeddings_and_is_written(model_folder: Pa
     assert content == result.content
     assert content["rows"] == [{"row": "model", "scores": result.recall}, {"row": "ceiling", "scores": result.ceiling}]
     assert content["model"]["run"] is None
+    outcomes = read_outcomes(out, content["outcomes"])
+    kind_N = np.array(outcomes.kind_N)
+    assert {kind: outcomes.runs[0].score_N[kind_N == kind].mean() for kind in result.recall} == pytest.approx(result.recall)
+    assert set(outcomes.group_N) == {str(i) for i in range(30)}
     assert "image_retrieval_recall@1" in markdown_table([content])
 
 

@@ -15,6 +15,7 @@ from kdstore.errors import ConfigError, DiskFull, EvaluationError, UnknownName
 from kdstore.evaluate import features
 from kdstore.evaluate.datasets import VQA_DATASETS, open_vqa
 from kdstore.evaluate.features import image_features
+from kdstore.evaluate.outcomes import read_outcomes
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
 from kdstore.evaluate.results import markdown_table, read_result
 from kdstore.evaluate.vqa import VqaResult, evaluate_vqa
@@ -76,6 +77,10 @@ def test_the_written_result_proves_itself_and_says_where_it_comes_from(result: V
     assert content["config_digest"] == digest_of({k: v for k, v in content["config"].items() if k not in NOT_IN_DIGEST})
     assert {"kdstore", "torch", "open_clip_torch"} <= set(content["made"]["versions"])
     assert result.chance["overall"] <= max(result.chance.values())
+    outcomes = read_outcomes(path, content["outcomes"])
+    assert len(outcomes) == content["data"]["evaluated"]["num_questions"]
+    for run, row in zip(outcomes.runs, content["rows"], strict=True):
+        assert (run.row, round(float(run.score_N.mean()), 2)) == (row["row"], row["scores"]["overall"])
     path.write_bytes(path.read_bytes().replace(b'"overall": ', b'"overall": 1', 1))
     with pytest.raises(EvaluationError, match="does not match the digest"):
         read_result(path)

@@ -1,7 +1,7 @@
 """The one form of a result: a JSON file that proves itself and says where it comes from, and its table in Markdown.
 
-Fields: `stage`, `model` (name, identity, parameters, run), `data`, `config`, `config_digest`, `rows` (a name and `scores` each), what the
-stage adds, and `made` (versions, device, seconds), the only part in which two runs of one seed on one machine differ.
+Fields: `stage`, `model` (name, identity, parameters, run), `data`, `config`, `config_digest`, `rows` (a name and `scores` each), `outcomes` (what
+lies beside it per question), what the stage adds, and `made` (versions, device, seconds), the only part in which two runs of one seed on one machine differ.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 import kdstore
 from kdstore.errors import ConfigError, EvaluationError, RunError
+from kdstore.evaluate.outcomes import Outcomes, encode_outcomes, write_outcomes
 from kdstore.jsonfile import disk_error, read_json, write_json
 from kdstore.models.load import Model, parameter_counts
 
@@ -57,15 +58,17 @@ def check_out(out: str | None) -> None:
         raise ConfigError(f"The result file {out} cannot be written: {nearest} is not a folder that can be written to.", "Give --out another path.")
 
 
-def write_result(out: str | None, content: dict[str, Any]) -> dict[str, Any]:
-    """Write a result where a path is given; returns it with its digest."""
+def write_result(out: str | None, content: dict[str, Any], outcomes: Outcomes | None = None) -> dict[str, Any]:
+    """Write a result where a path is given, after the outcomes behind it; returns it with what it records of these and, if written, its digest."""
     if out is None:
-        return content
+        return content if outcomes is None else {**content, "outcomes": encode_outcomes(outcomes)[1]}
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise disk_error(e, path) from e
+    if outcomes is not None:
+        content = {**content, "outcomes": write_outcomes(path, outcomes)}
     return {**content, "digest": write_json(path, content)}
 
 

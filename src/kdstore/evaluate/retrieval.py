@@ -17,8 +17,9 @@ from kdstore.config import as_dict, config_digest
 from kdstore.data.source import Source, UndecodableImage
 from kdstore.data.sources import open_source
 from kdstore.errors import ConfigError, EvaluationError
+from kdstore.evaluate.outcomes import Outcomes, Run
 from kdstore.evaluate.results import check_out, made_record, model_record, write_result
-from kdstore.metrics.retrieval import KS, recall_ceiling, retrieval_recall
+from kdstore.metrics.retrieval import KS, recall_ceiling, recall_of_hits, retrieval_hits
 from kdstore.models.encode import encode_image, encode_text, in_batches
 from kdstore.models.load import Model, load_model
 from kdstore.progress import OnProgress, silent
@@ -62,7 +63,8 @@ def evaluate_retrieval(config: RetrievalConfig, *, on_progress: OnProgress = sil
         on_progress("notice", 0, 0, model.name.notice)
     pairs = _encode_pairs(model, source, config.encode_batch, on_progress)
     on_progress("recall", 0, 1, f"{len(pairs.image_ND)} images, {len(pairs.captions)} texts")
-    recall = retrieval_recall(pairs.image_ND, pairs.text_MD, pairs.image_of_text_M)
+    hits = retrieval_hits(pairs.image_ND, pairs.text_MD, pairs.image_of_text_M, max(KS))
+    recall = recall_of_hits(*hits)
     ceiling = recall_ceiling(pairs.captions, pairs.image_of_text_M)
     on_progress("recall", 1, 1, "")
     content = {
@@ -75,7 +77,7 @@ def evaluate_retrieval(config: RetrievalConfig, *, on_progress: OnProgress = sil
         "rows": [{"row": "model", "scores": recall}, {"row": "ceiling", "scores": ceiling}],
         "made": made_record(model.device, time.perf_counter() - started),
     }
-    return RetrievalResult(recall, ceiling, len(pairs.image_ND), len(pairs.captions), write_result(config.out, content))
+    return RetrievalResult(recall, ceiling, len(pairs.image_ND), len(pairs.captions), write_result(config.out, content, _outcomes(pairs, *hits)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,18 @@ class _Pairs:
     image_of_text_M: np.ndarray
     captions: list[str]
     left_out: dict[str, int]
+
+
+def _outcomes(pairs: _Pairs, image_hit_MK: np.ndarray, text_hit_NK: np.ndarray) -> Outcomes:
+    """Turn hits into outcomes: an item is a query's number, its group the number of its image; the model draws nothing, so there is no seed."""
+    sides = (("image", image_hit_MK, pairs.image_of_text_M), ("text", text_hit_NK, np.arange(len(pairs.image_ND))))
+    kinds = [(f"{side}_retrieval_recall@{k}", np.asarray(hit[:, :k].any(axis=1)), images) for side, hit, images in sides for k in KS]
+    return Outcomes(
+        item_N=[str(query) for _, hit, _ in kinds for query in range(len(hit))],
+        group_N=[str(image) for _, _, images in kinds for image in images],
+        kind_N=[kind for kind, hit, _ in kinds for _ in hit],
+        runs=(Run("model", None, 100.0 * np.concatenate([hit for _, hit, _ in kinds])),),
+    )
 
 
 def _encode_pairs(model: Model, source: Source, batch: int, on_progress: OnProgress) -> _Pairs:

@@ -36,6 +36,7 @@ from kdstore.evaluate.datasets import VQA_DATASETS, VqaQuestion, VqaSplit, open_
 from kdstore.evaluate.features import image_features, question_states, without_image
 from kdstore.evaluate.fit import answer_questions, build_head, fit_head, pack_questions
 from kdstore.evaluate.heads import HEADS, head_parameters
+from kdstore.evaluate.outcomes import Outcomes, Run
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
 from kdstore.evaluate.results import check_out, made_record, model_record, write_result
 from kdstore.jsonfile import digest_of
@@ -51,6 +52,7 @@ class VqaRow:
 
     name: str
     accuracy: dict[str, Any]
+    run: Run  # the answers behind it
     head: dict[str, Any] | None = None  # kind, parameters, last training loss
     seconds: float = 0.0
 
@@ -93,7 +95,7 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
     rows = _scored_rows(config, task, models, on_progress)
     if config.controls:
         oracle = [best_answer(q, task.vocabulary, config.metric_version) for q in task.evaluated.questions]
-        rows.append(VqaRow("vocabulary-oracle", _accuracy(task, oracle, config)))
+        rows.append(VqaRow("vocabulary-oracle", *_scored("vocabulary-oracle", None, task, oracle, config)))
     chance = chance_per_type(task.evaluated.questions, task.vocabulary, config.metric_version)
     content = {
         "stage": "evaluate vqa",
@@ -107,7 +109,7 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
         "rows": [{"row": row.name, "scores": _flat(row.accuracy), "accuracy": row.accuracy, "head": row.head} for row in rows],
         "made": {**made_record(model.device, time.perf_counter() - started), "head_seconds": {row.name: round(row.seconds, 1) for row in rows if row.head}},
     }
-    return VqaResult(tuple(rows), chance, write_result(config.out, content))
+    return VqaResult(tuple(rows), chance, write_result(config.out, content, _outcomes(task, rows)))
 
 
 def _check(config: VqaConfig) -> None:
@@ -162,7 +164,7 @@ def _scored_row(name: str, config: VqaConfig, task: _Task, model: Model, train_N
     rows = pack_questions([words[q.question] for q in questions], [q.images[0] for q in questions])
     answers = [task.vocabulary.spellings[i] for i in answer_questions(head, evaluated_NTW, rows, model.device)]
     record = {"name": config.head, "parameters": head_parameters(head), "loss": loss}
-    return VqaRow(name, _accuracy(task, answers, config), record, time.perf_counter() - started)
+    return VqaRow(name, *_scored(name, config.seed, task, answers, config), record, time.perf_counter() - started)
 
 
 def _words(config: VqaConfig, task: _Task, model: Model) -> tuple[torch.Tensor | None, dict[str, Sequence[int]]]:
@@ -181,10 +183,18 @@ def _fresh_head(config: VqaConfig, task: _Task, image_width: int, states: torch.
         return build_head(config, image_width, len(task.vocabulary), num_words=len(task.words), states=states)
 
 
-def _accuracy(task: _Task, answers: Sequence[str], config: VqaConfig) -> dict[str, Any]:
-    predictions = [{"question_id": q.question_id, "answer": a} for q, a in zip(task.evaluated.questions, answers, strict=True)]
-    scores = vqa_scores(predictions, (q.annotation() for q in task.evaluated.questions), version=config.metric_version)
-    return dict(scores["accuracy"])
+def _scored(name: str, seed: int | None, task: _Task, answers: Sequence[str], config: VqaConfig) -> tuple[dict[str, Any], Run]:
+    """Return the official accuracies of a row's answers, and each answer with its score."""
+    questions = task.evaluated.questions
+    predictions = [{"question_id": q.question_id, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    scores = vqa_scores(predictions, (q.annotation() for q in questions), version=config.metric_version)
+    return dict(scores["accuracy"]), Run(name, seed, np.array([scores["evalQA"][q.question_id] for q in questions]), answers)
+
+
+def _outcomes(task: _Task, rows: Sequence[VqaRow]) -> Outcomes:
+    questions = task.evaluated.questions
+    columns = ([str(q.question_id) for q in questions], [" ".join(map(str, q.images)) for q in questions], [q.question_type for q in questions])
+    return Outcomes(*columns, tuple(row.run for row in rows))
 
 
 def _flat(accuracy: dict[str, Any]) -> dict[str, float]:
