@@ -220,7 +220,7 @@ def test_grouping_keeps_every_row_once_in_order(names, chunk):
 
 
 def test_the_registry_names_are_prefixes_that_open():
-    assert set(SOURCES) == {"scenes", "hf"}
+    assert set(SOURCES) == {"scenes", "hf", "images"}
 
 
 def test_labels_are_captions_of_the_kind_probe_by_their_names(tmp_path):

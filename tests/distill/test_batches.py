@@ -24,9 +24,9 @@ from kdstore.distill.encoded import row_tensors
 from kdstore.distill.pairs import Pairs, Texts, pairs_of_source, pairs_of_stores
 from kdstore.distill.targets import StoreTargets
 from kdstore.distill.teachers import describe_teachers
-from kdstore.distill.views import Kept, split_preprocess
 from kdstore.errors import ConfigError, JoinError, MissingFeature, SourceError
 from kdstore.models.load import Model
+from kdstore.models.pixels import Kept, split_preprocess
 from kdstore.store import open_store
 from kdstore.store.ahead import read_ahead
 from kdstore.store.order import permutation

@@ -125,7 +125,7 @@ def shown_captions(config: DistillConfig, source: Scenes) -> list[str]:
     """The caption of each image, by row, that the one batch of a run shows."""
     from kdstore.distill.batches import BatchPlan, Maker
     from kdstore.distill.pairs import pairs_of_stores
-    from kdstore.distill.views import Kept
+    from kdstore.models.pixels import Kept
 
     pairs, plan = pairs_of_stores([open_store(config.caches[0])], source), BatchPlan(40, 40, config.seed)
     texts = Maker(plan, pairs, source, (), (), None, None, Kept(0)).texts(0)  # type: ignore[arg-type]

@@ -21,11 +21,11 @@ from kdstore.distill.config import DistillConfig
 from kdstore.distill.pairs import pairs_of_source, pairs_of_stores
 from kdstore.distill.targets import StoreTargets, check_views, open_stores, views_to_show
 from kdstore.distill.train import distill
-from kdstore.distill.views import Kept
 from kdstore.errors import ConfigError, IdentityMismatch, JoinError, MissingFeature
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json
+from kdstore.models.pixels import Kept
 from kdstore.store import Store, open_store
 
 EMBEDDINGS = ("image/embedding", "text/embedding")

@@ -24,9 +24,9 @@ from kdstore.distill.objective import Objective
 from kdstore.distill.pairs import pairs_of_source
 from kdstore.distill.runfolder import export_student
 from kdstore.distill.students import STUDENTS, count, table
-from kdstore.distill.views import Kept, split_preprocess
 from kdstore.models.cost import cost_of
 from kdstore.models.load import load_model, parameter_counts
+from kdstore.models.pixels import Kept, split_preprocess
 
 DOCS = Path(__file__).parents[2] / "docs" / "students.md"
 SLOW = ("ViT-S-16", "ViT-B-32", "ViT-B-16", "RN50", "MobileCLIP2-S0", "MobileCLIP2-S2")  # of each a smaller relative takes its step in every run of the tests

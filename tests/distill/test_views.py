@@ -18,12 +18,12 @@ from kdstore.distill.config import DistillConfig
 from kdstore.distill.pairs import pairs_of_stores
 from kdstore.distill.targets import StoreTargets, views_to_show
 from kdstore.distill.train import distill
-from kdstore.distill.views import Kept, split_preprocess
 from kdstore.errors import Interrupted, MissingFeature
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json
 from kdstore.models.load import Model, load_model
+from kdstore.models.pixels import Kept, split_preprocess
 from kdstore.store import Store, open_store
 
 NEEDS = ("image/embedding", "text/embedding")

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import save_file
 
 from kdstore.errors import ConfigError, DiskFull, EvaluationError, UnknownName
-from kdstore.evaluate import features
+from kdstore.evaluate import features, task
 from kdstore.evaluate.datasets import VQA_DATASETS, open_vqa
+from kdstore.evaluate.datasets.form import VqaSplit
 from kdstore.evaluate.features import image_features
 from kdstore.evaluate.outcomes import read_outcomes
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
@@ -51,10 +53,10 @@ def test_rows_are_the_model_and_its_controls(result: VqaResult) -> None:
     assert [row.name for row in result.rows] == ["model", "question-only", "untrained", "vocabulary-oracle"]
     split = open_vqa("scenes", "test", num_images=16)
     for row in result.rows:
-        assert set(row.accuracy) == {"overall", "perQuestionType", "perAnswerType"}
-        assert set(row.accuracy["perQuestionType"]) == {q.question_type for q in split.questions}
-    oracle = result.rows[-1].accuracy["overall"]
-    assert all(0 <= row.accuracy["overall"] <= oracle <= 100 for row in result.rows)
+        assert row.scores is not None
+        assert set(row.scores.groups["perQuestionType"]) == {q.question_type for q in split.questions}
+    overall = [row["scores"]["overall"] for row in result.content["rows"]]
+    assert all(0 <= score <= overall[-1] <= 100 for score in overall)
     heads = [row.head["parameters"] for row in result.rows if row.head is not None]
     assert len(heads) == 3
     assert heads[0] == heads[1] == heads[2]
@@ -69,7 +71,7 @@ def test_the_written_result_proves_itself_and_says_where_it_comes_from(result: V
     )
     assert content["model"]["run"] == {"digest": content["model"]["run"]["digest"], "settings_digest": "sha256:2", "store": STORE}
     assert content["model"]["parameters"]["total"] > content["model"]["parameters"]["without_token_embedding"] > 0
-    assert content["metric"] == {"name": "vqa accuracy", "version": "2021"}
+    assert content["metric"] == {"name": "vqa", "version": "2021"}
     assert (content["data"]["train"]["name"], content["data"]["evaluated"]["name"]) == ("scenes/train:24", "scenes/test:16")
     assert content["data"]["evaluated"]["coverage"] == pytest.approx(
         100 * content["data"]["evaluated"]["answerable"] / content["data"]["evaluated"]["num_questions"], abs=0.01
@@ -90,9 +92,9 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another(result: Vq
     again = evaluate_vqa(small(model_folder))
     same = [{k: v for k, v in r.content.items() if k not in ("made", "digest", "config")} for r in (result, again)]
     assert same[0] == same[1]
-    other = evaluate_vqa(small(model_folder, seed=1, controls=False))
-    assert [row.name for row in other.rows] == ["model"]
-    assert other.rows[0].head != result.rows[0].head
+    both = evaluate_vqa(small(model_folder, seeds=(0, 1), controls=False))
+    assert [(row.name, row.seed) for row in both.rows] == [("model", 0), ("model", 1)]
+    assert both.rows[0].head == result.rows[0].head != both.rows[1].head
 
 
 def test_the_own_text_tower_is_a_second_labelled_protocol(result: VqaResult, model_folder: Path) -> None:
@@ -109,6 +111,67 @@ def test_the_pooled_baseline_reads_the_embedding(model_folder: Path) -> None:
     assert head["name"] == "pooled"
     parameters = head["parameters"]
     assert parameters["total"] - parameters["without_projections"] == (load_model("scenes-T", untrained=True, device="cpu").embed_dim + 1) * 16
+
+
+def test_what_is_finished_is_read_and_only_the_rest_is_trained(model_folder: Path, tmp_path: Path) -> None:
+    first = evaluate_vqa(small(model_folder, out=str(tmp_path / "vqa.json"), controls=False))
+    stages: list[str] = []
+    settings = {"out": str(tmp_path / "vqa.json"), "seeds": (0, 1)}
+    both = evaluate_vqa(small(model_folder, **settings), on_progress=lambda stage, *_: stages.append(stage))
+    assert "model, seed 0" not in stages
+    assert {"model, seed 1", "untrained, seed 0", "encode scenes/train:24"} <= set(stages)
+    assert both.rows[0] == first.rows[0]
+    stages.clear()
+    again = evaluate_vqa(small(model_folder, **settings, metric_version="2016"), on_progress=lambda stage, *_: stages.append(stage))
+    assert set(stages) == {"questions"}
+    assert [row.answers for row in again.rows] == [row.answers for row in both.rows]
+    assert again.content["metric"]["version"] == "2016"
+    (kept,) = (tmp_path / "vqa.rows").glob("model-seed1-*/answers.json")
+    kept.write_text(kept.read_text().replace('"tuned": 0', '"tuned": 9'))
+    with pytest.raises(EvaluationError, match="does not match the digest"):
+        evaluate_vqa(small(model_folder, **settings))
+
+
+def test_the_answers_of_the_reported_split_decide_nothing_but_its_score(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All answers of the test split become another one: vocabulary, words, losses and answers stay, also where epochs are chosen."""
+    settings = {"early_stopping": 0.2, "epochs": 2}
+    plain = evaluate_vqa(small(model_folder, **settings))
+    opened = task.open_vqa
+
+    def changed(name: str, split: str, **options: Any) -> VqaSplit:
+        found = opened(name, split, **options)
+        swap = {"yes": "no", "no": "yes"}
+        answers = [tuple({**a, "answer": swap.get(a["answer"], "teapot")} for a in q.answers) for q in found.questions]
+        return (
+            found
+            if split == "train"
+            else dataclasses.replace(found, questions=tuple(dataclasses.replace(q, answers=a) for q, a in zip(found.questions, answers, strict=True)))
+        )
+
+    monkeypatch.setattr(task, "open_vqa", changed)
+    other = evaluate_vqa(small(model_folder, **settings))
+    assert other.content["data"]["evaluated"] != plain.content["data"]["evaluated"]
+    assert other.content["data"]["vocabulary"] == plain.content["data"]["vocabulary"]
+    assert other.content["data"]["train"] == plain.content["data"]["train"]
+    assert plain.content["data"]["train"]["held_out"] > 0
+    for a, b in zip(plain.rows[:3], other.rows[:3], strict=True):
+        assert (a.answers, a.head) == (b.answers, b.head)
+        assert a.scores != b.scores
+
+
+def test_a_split_without_answers_is_answered_and_not_scored(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = task.open_vqa
+
+    def unanswered(name: str, split: str, **options: Any) -> VqaSplit:
+        found = opened(name, split, **options)
+        questions = tuple(dataclasses.replace(q, answers=()) for q in found.questions)
+        return found if split != "test" else dataclasses.replace(found, questions=questions, answered=False)
+
+    monkeypatch.setattr(task, "open_vqa", unanswered)
+    result = evaluate_vqa(small(model_folder, train_split="train+retrieval", controls=False))
+    assert result.content["data"]["vocabulary"]["from"] == "scenes/train:24+scenes/retrieval:24"
+    assert result.content["data"]["train"]["num_images"] == 48
+    assert (result.rows[0].scores, result.chance, len(result.rows[0].answers)) == (None, {}, result.content["data"]["evaluated"]["num_questions"])
 
 
 def test_questions_that_the_vocabulary_cannot_answer_are_dropped_from_training_alone_and_counted(model_folder: Path) -> None:
@@ -137,9 +200,20 @@ def test_wrong_settings_get_one_clear_line_before_any_work(model_folder: Path, t
             evaluate_vqa(small(model_folder, **{field: name}))
     with pytest.raises(ConfigError, match="is a folder"):
         evaluate_vqa(small(model_folder, out=str(tmp_path)))
-    for settings in ({"question_encoder": "own"}, {"epochs": 0}, {"width": 18}, {"warmup": 1.0}, {"eval_images": 0}, {"seed": -1}, {"train_split": "test"}):
+    for settings in ({"question_encoder": "own"}, {"epochs": 0}, {"width": 18}, {"warmup": 1.0}, {"eval_images": 0}, {"seeds": (-1,)}, {"seeds": (1, 1)}):
         with pytest.raises(ConfigError, match="must"):
             small(model_folder, **settings)
+    for settings in ({"train_split": "test"}, {"train_split": "train+test"}, {"lookup": "exact"}, {"early_stopping": 1.0}, {"mode": "head+last-0"}):
+        with pytest.raises(ConfigError, match="must"):
+            small(model_folder, **settings)
+    with pytest.raises(ConfigError, match="Either a model or stores"):
+        small(model_folder, features="store/x")
+    with pytest.raises(ConfigError, match="no result file"):
+        small(model_folder, mode="full")
+    with pytest.raises(ConfigError, match="trained on one split where another is scored"):
+        evaluate_vqa(small(model_folder, train_split="train+retrieval"))
+    with pytest.raises(EvaluationError, match=r"averaged to 9 x 9, but this model gives 16 tokens"):
+        evaluate_vqa(small(model_folder, grid=9))
     with pytest.raises(UnknownName, match="scenes split"):
         evaluate_vqa(small(model_folder, eval_split="tests"))
     with pytest.raises(EvaluationError, match="No result file"):

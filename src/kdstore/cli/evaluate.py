@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kdstore.cli.options import Data, Device, Json, ModelOption, Recipe, Seed, Settings, config_of
+from kdstore.cli.options import Data, Device, Json, ModelOption, Recipe, Settings, config_of
 from kdstore.cli.screen import bars, show
 
 evaluate_app = typer.Typer(rich_markup_mode=None, help="Score a model: visual question answering, retrieval.")
@@ -16,23 +16,27 @@ evaluate_app = typer.Typer(rich_markup_mode=None, help="Score a model: visual qu
 def evaluate_vqa(
     model: ModelOption = None,
     pretrained: Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")] = None,
+    features: Annotated[list[str] | None, typer.Option(metavar="STORE", help="Stores of a model's image features, instead of --model.")] = None,
+    mode: Annotated[str | None, typer.Option(help="frozen, head+last-K or full: what is trained beside the head.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels of the images, with positions interpolated.")] = None,
     dataset: Annotated[str | None, typer.Option(help="See 'kdstore list vqa'.")] = None,
     folder: Annotated[str | None, typer.Option("--data-dir", help="Folder of the data set's files.")] = None,
-    head: Annotated[str | None, typer.Option(help="coattention, or pooled (a weak baseline).")] = None,
+    head: Annotated[str | None, typer.Option(help="coattention, butd, or pooled (a weak baseline).")] = None,
     question_encoder: Annotated[str | None, typer.Option(help="scratch, or own-text-tower (a second protocol).")] = None,
     controls: Annotated[bool | None, typer.Option("--controls/--no-controls", help="Rows question-only, untrained, vocabulary-oracle.")] = None,
-    out: Annotated[str | None, typer.Option(help="Result file.")] = None,
-    seed: Seed = None,
+    out: Annotated[str | None, typer.Option(help="Result file; what is finished, and checkpoints, are kept in OUT.rows beside it.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of heads and untrained weights, such as 0,1,2.")] = None,
     device: Device = None,
     recipe: Recipe = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Train a head on frozen image tokens and score its answers by the official VQA accuracy."""
-    from kdstore.evaluate.protocol import VqaConfig
+    """Train a head on image tokens, by --mode with the image tower, and score its answers by the data set's metric; run again to go on."""
+    from kdstore.evaluate.protocol import VqaConfig, parse_seeds
 
-    options = {"model": model, "pretrained": pretrained, "dataset": dataset, "folder": folder, "head": head, "question_encoder": question_encoder}
-    config = config_of(VqaConfig, "vqa", recipe, settings, {**options, "controls": controls, "out": out, "seed": seed, "device": device})
+    options: dict[str, Any] = {"model": model, "pretrained": pretrained, "dataset": dataset, "folder": folder, "head": head}
+    options |= {"question_encoder": question_encoder, "features": features or None, "mode": mode, "image_size": image_size}
+    config = config_of(VqaConfig, "vqa", recipe, settings, {**options, "controls": controls, "out": out, "seeds": parse_seeds(seeds), "device": device})
     from kdstore.evaluate import vqa
     from kdstore.evaluate.results import markdown_table
 

@@ -67,6 +67,7 @@ def list_sources(as_json: Json = False) -> None:
     forms = {
         "scenes[/SPLIT][:N]": "the built-in world; splits train, val, test, retrieval",
         "FOLDER": "images with metadata.csv, .jsonl or .parquet (file_name, caption or captions), or tars, or a folder per class",
+        "images:FOLDER": "all images in and below a folder, without captions: what a VQA data set asks about",
         "FILE": "a .csv, .tsv, .json, .jsonl or .parquet table with image (path or bytes) and caption columns",
         "shards/{00000..00099}.tar": "plain tars of webdataset or img2dataset, by braces, globs or name",
         "captions_NAME.json": "COCO captions with the image folder NAME near it (?images=FOLDER)",

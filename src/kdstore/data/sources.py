@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
 from kdstore.data import classfolders, coco, tables, tars
+from kdstore.data.folder import PREFIX, open_folder
 from kdstore.data.scenes import SPLITS, Scenes
 from kdstore.data.source import PROBE, Source
 from kdstore.errors import SourceError, UnknownName
@@ -44,6 +45,13 @@ def _open_scenes(name: str, options: dict[str, str]) -> Source:
 
 def _open_hub(name: str, options: dict[str, str]) -> Source:
     return tables.open_hub(_spec(name, options, tables.OPTIONS), name.removeprefix("hf:"), options)
+
+
+def _open_images(name: str, options: dict[str, str]) -> Source:
+    if not name.startswith(PREFIX):  # a folder of that name
+        return _open_files(name, options, silent)
+    _spec(name, options, ())
+    return open_folder(name.removeprefix(PREFIX))
 
 
 def _open_files(name: str, options: dict[str, str], on_progress: OnProgress) -> Source:
@@ -97,4 +105,4 @@ def _spec(name: str, options: dict[str, str], known: tuple[str, ...]) -> str:
     return f"{name}?{urlencode(options, safe=',/')}" if options else name
 
 
-SOURCES: dict[str, Callable[[str, dict[str, str]], Source]] = {"scenes": _open_scenes, "hf": _open_hub}
+SOURCES: dict[str, Callable[[str, dict[str, str]], Source]] = {"scenes": _open_scenes, "hf": _open_hub, "images": _open_images}

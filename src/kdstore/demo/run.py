@@ -153,7 +153,7 @@ def _evaluate(config: DemoConfig, model: Scored, group: str, kind: str, seed: in
         eval_images=config.vqa_test_images,
         epochs=config.vqa_epochs,
         controls=controls,
-        seed=seed,
+        seeds=(seed,),
         device=config.device,
         out=str(results / f"{place}-vqa.json"),
     )

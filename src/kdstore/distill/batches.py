@@ -23,8 +23,9 @@ from kdstore.distill.distributed import Share
 from kdstore.distill.encoded import Supervision, TeacherRows, map_rows
 from kdstore.distill.pairs import Pairs, Rows, Texts, sides_of
 from kdstore.distill.targets import Targets
-from kdstore.distill.views import Kept, Pixels, Views, readable_image
+from kdstore.distill.views import Views, readable_image
 from kdstore.errors import ConfigError, JoinError
+from kdstore.models.pixels import Kept, Pixels
 from kdstore.store.order import CAPTION, DROP, VIEW, Order, draw
 
 

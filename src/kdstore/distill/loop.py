@@ -29,11 +29,12 @@ from kdstore.distill.encoded import Encoded, map_rows
 from kdstore.distill.gradients import whole_batch_gradients
 from kdstore.distill.objective import Objective
 from kdstore.distill.optimiser import MAX_LOG_SCALE, learning_rate, make_optimiser
-from kdstore.distill.runfolder import LOG, VALIDATION, Log, checkpoint_bytes, save_checkpoint
-from kdstore.distill.stopping import held_signals
+from kdstore.distill.runfolder import LOG, VALIDATION, Log, save_checkpoint
 from kdstore.errors import Interrupted, KdstoreError, RunError
 from kdstore.models import towers
+from kdstore.models.checkpoint import checkpoint_bytes
 from kdstore.progress import OnProgress
+from kdstore.stopping import held_signals
 from kdstore.store.ahead import read_ahead
 from kdstore.store.order import DROPOUT, draw
 

@@ -10,9 +10,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from kdstore.errors import RunError
 from kdstore.jsonfile import digest_of, disk_error, read_json, write_bytes, write_json
+from kdstore.models.checkpoint import parse_checkpoint
 
 CONFIG, CHECKPOINT, RUN, AVERAGE = "config.json", "checkpoint.pt", "run.json", "ema"
 LOG, VALIDATION, TENSORBOARD = "log.jsonl", "validation.jsonl", "tensorboard"
@@ -59,13 +58,6 @@ def begin_run(path: Path, settings: dict[str, Any]) -> None:
     write_json(path / CONFIG, settings)
 
 
-def checkpoint_bytes(state: dict[str, Any]) -> bytes:
-    """Return what a checkpoint file holds."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    return content.getvalue()
-
-
 def save_checkpoint(path: Path, content: bytes) -> None:
     """Write the checkpoint so that a crash leaves the old or the new one."""
     write_bytes(path / CHECKPOINT, content)
@@ -81,14 +73,7 @@ def read_checkpoint(path: Path) -> bytes:
 
 def load_checkpoint(content: bytes, path: Path, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Understand a checkpoint without running code from it; raises RunError if it is damaged or of another run."""
-    try:
-        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        reason = f"{type(e).__name__}: {e}".splitlines()[0][:120]
-        raise RunError(f"{path / CHECKPOINT} cannot be read ({reason}).", "Remove it to start this run again.") from e
-    if state.get("settings") != digest_of(settings):
-        raise RunError(f"{path / CHECKPOINT} belongs to another run than {path / CONFIG}.", "Remove it to start this run again.")
-    return state
+    return parse_checkpoint(content, path / CHECKPOINT, digest_of(settings), device)
 
 
 def export_student(path: Path, clip: nn.Module, config: dict[str, Any], tokenizer: Any = None) -> None:

@@ -37,11 +37,12 @@ from kdstore.distill.runfolder import AVERAGE, RUN, begin_run, export_student, l
 from kdstore.distill.targets import StoreTargets, Targets, check_views, open_stores, views_to_show
 from kdstore.distill.teachers import check_loss, describe_teachers, match_temperatures
 from kdstore.distill.validation import make_validation
-from kdstore.distill.views import Kept, Views, split_preprocess
+from kdstore.distill.views import Views
 from kdstore.errors import ConfigError, RunError
 from kdstore.jsonfile import digest_of, read_json, write_json
 from kdstore.models.load import DTYPES, Model, parameter_counts
 from kdstore.models.names import local_config
+from kdstore.models.pixels import Kept, split_preprocess
 from kdstore.progress import OnProgress, silent
 from kdstore.store import Store, fingerprint_of
 

@@ -20,12 +20,12 @@ from kdstore.data.sources import open_source
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.loop import Training
 from kdstore.distill.pairs import Pairs, Rows
-from kdstore.distill.views import Kept, Pixels
 from kdstore.errors import ConfigError, SourceError
 from kdstore.metrics.agreement import mean_cosine, top1_agreement
 from kdstore.metrics.classification import zeroshot_accuracy
 from kdstore.metrics.retrieval import retrieval_recall
 from kdstore.models import towers
+from kdstore.models.pixels import Kept, Pixels
 from kdstore.progress import OnProgress
 from kdstore.store import Store, join_sources, open_store
 

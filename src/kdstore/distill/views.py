@@ -1,27 +1,17 @@
-"""What the student sees: views of each image and the tokens of each caption, prepared once and kept in memory within a budget.
+"""What the student sees: views of each image, prepared once (`models.pixels`).
 
-A view is kept as the uint8 pixels after resize and crop, a quarter of the float tensor; conversion and normalisation happen on the whole batch, on the
-student's device, with the bits that the student's own preprocessing gives. Beside a store there are no views but the plain one and those that it holds a
-target of, drawn again from its numbers: a random augmentation would be another view than the one the target belongs to.
+Beside a store there are no views but the plain one and those that it holds a target of, drawn again from its numbers: a random augmentation would be
+another view than the one the target belongs to.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms import Compose, Normalize, ToTensor  # type: ignore[import-untyped]
 
 from kdstore.data.source import LoadedImage, Source, UndecodableImage
 from kdstore.errors import SourceError
-
-Pixels = npt.NDArray[Any]
 
 
 class Views(Protocol):
@@ -42,48 +32,3 @@ def readable_image(source: Source, row: int) -> LoadedImage:
     except UndecodableImage as e:
         hint = "Extract a store of this data and give it as --cache: it leaves bad images out."
         raise SourceError(f"Image {source.key(row)} cannot be decoded: {e.reason}.", hint) from e
-
-
-class Kept:
-    """Arrays kept by key until `limit` bytes are used; what came first stays, because every epoch needs all of them equally."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-        self._arrays: dict[tuple[str, int], npt.NDArray[Any]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, kind: str, rows: Sequence[int], make: Callable[[list[int]], Sequence[npt.NDArray[Any]]]) -> npt.NDArray[Any]:
-        """Return the arrays of `rows` stacked; `make` gets the rows that are not kept."""
-        found = {row: array for row in rows if (array := self._arrays.get((kind, row))) is not None}
-        missing = [row for row in dict.fromkeys(rows) if row not in found]
-        for row, array in zip(missing, make(missing) if missing else (), strict=True):
-            found[row] = array
-            with self._lock:
-                if self._used + array.nbytes <= self._limit and (kind, row) not in self._arrays:
-                    self._used += array.nbytes
-                    self._arrays[kind, row] = array
-        return np.stack([found[row] for row in rows])
-
-
-def split_preprocess(preprocess: Callable[[Image.Image], Tensor]) -> tuple[Callable[[Image.Image], Pixels], Callable[[Tensor], Tensor]]:
-    """Split a preprocessing into (image -> what is kept, batch of what is kept -> input of the student).
-
-    `finish(stack([keep(a), keep(b)]))` equals `stack([preprocess(a), preprocess(b)])` bit by bit. Where the preprocessing ends with ToTensor and
-    Normalize, as open_clip's do, uint8 [C, H, W] is kept; any other is kept as its float32 result.
-    """
-    steps: Sequence[Any] = getattr(preprocess, "transforms", ())
-    if len(steps) < 2 or not isinstance(steps[-1], Normalize) or not isinstance(steps[-2], ToTensor):
-        return lambda image: preprocess(image).numpy(), lambda batch: batch
-    geometry = Compose(steps[:-2])
-    mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (steps[-1].mean, steps[-1].std))
-
-    def keep(image: Image.Image) -> Pixels:
-        pixels_HWC = np.asarray(geometry(image))
-        assert pixels_HWC.dtype == np.uint8, "ToTensor divides by 255 only what is uint8"
-        return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
-
-    def finish(batch_BCHW: Tensor) -> Tensor:
-        return batch_BCHW.float().div_(255).sub_(mean.to(batch_BCHW.device)).div_(std.to(batch_BCHW.device))
-
-    return keep, finish

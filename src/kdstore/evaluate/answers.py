@@ -1,19 +1,20 @@
 """From human answers to what a head is trained on: answer vocabulary, soft targets, question words; and the scores that need no model.
 
-Answers are normalised before they are counted and looked up (the published recipes look up raw answers in a normalised vocabulary, which
-loses some). A label is spoken in its most frequent spelling of the training split, since unanimous answers are compared unnormalised (2021).
+Answers are normalised before they are counted and, by default, before they are looked up (the published recipes look up raw answers in a normalised
+vocabulary, which loses some). A label is spoken in its most frequent spelling of the training split, since unanimous answers are compared unnormalised (2021).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kdstore.errors import EvaluationError
-from kdstore.evaluate.datasets import VqaQuestion
-from kdstore.metrics.vqa import clean_answer, normalize_answer, vqa_accuracy
+from kdstore.evaluate.datasets.form import VqaQuestion
+from kdstore.metrics.scores import Scores
+from kdstore.metrics.vqa import clean_answer, normalize_answer
 
 PADDING, UNKNOWN, START = 0, 1, 2
 """Word ids that are no words: nothing, a word unseen in training, and the start whose state stands for the whole question."""
@@ -51,12 +52,14 @@ def answer_vocabulary(questions: Iterable[VqaQuestion], min_count: int = 1) -> A
     return AnswerVocabulary(labels, tuple(spellings[label].most_common(1)[0][0] for label in labels))
 
 
-def soft_target(question: VqaQuestion, vocabulary: AnswerVocabulary) -> dict[int, float]:
+def soft_target(question: VqaQuestion, vocabulary: AnswerVocabulary, lookup: str = "normalised") -> dict[int, float]:
     """Return label index -> target in (0, 1]: 0.3, 0.6, 0.9, 1 for one, two, three, four or more of ten annotators.
 
-    It is the accuracy of the label with each annotator left out in turn, so other numbers of annotators have their own steps.
+    It is the accuracy of the label with each annotator left out in turn, so other numbers of annotators have their own steps. With `lookup` "raw" an
+    answer counts only where it is written as its label is.
     """
-    counts = Counter(normalize_answer(clean_answer(a["answer"])) for a in question.answers)
+    normalised = lookup == "normalised"
+    counts = Counter(normalize_answer(clean_answer(a["answer"])) if normalised else a["answer"] for a in question.answers)
     total = len(question.answers)
     targets = {
         vocabulary.index_of[a]: (n * min(1.0, (n - 1) / 3) + (total - n) * min(1.0, n / 3)) / total for a, n in counts.items() if a in vocabulary.index_of
@@ -75,26 +78,36 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def best_answer(question: VqaQuestion, vocabulary: AnswerVocabulary, version: str) -> str:
-    """Return the vocabulary's best answer to a question under the metric: the vocabulary oracle."""
-    scores = _answer_scores(question, vocabulary, version)
-    return max(scores, key=lambda a: scores[a]) if scores else vocabulary.spellings[0]
+def label_scores(questions: Sequence[VqaQuestion], vocabulary: AnswerVocabulary, score: Callable[[list[str]], Scores]) -> list[dict[str, float]]:
+    """Return the score, in percent, of each label that some annotator of a question gave: no other can score.
+
+    `score` scores one answer to every question; it is called as often as the question with most such labels has labels.
+    """
+    given = [
+        [vocabulary.spellings[i] for i in sorted({vocabulary.index_of.get(normalize_answer(clean_answer(a["answer"])), -1) for a in q.answers} - {-1})]
+        for q in questions
+    ]
+    found: list[dict[str, float]] = [{} for _ in questions]
+    for k in range(max(map(len, given))):
+        per_question = score([labels[k] if k < len(labels) else vocabulary.spellings[0] for labels in given]).per_question
+        for question, labels, scores in zip(questions, given, found, strict=True):
+            if k < len(labels):
+                scores[labels[k]] = per_question.get(question.question_id, 0.0)
+    return found
 
 
-def chance_per_type(questions: Iterable[VqaQuestion], vocabulary: AnswerVocabulary, version: str) -> dict[str, float]:
-    """Return the accuracy, in percent, of the best constant answer of the vocabulary per question type and, as `overall`, for all of them."""
-    totals: defaultdict[str, Counter[str]] = defaultdict(Counter)
+def best_answers(scores: Iterable[dict[str, float]], vocabulary: AnswerVocabulary) -> list[str]:
+    """Return the vocabulary's best answer to each question: the vocabulary oracle."""
+    return [max(of_question, key=lambda a: of_question[a]) if of_question else vocabulary.spellings[0] for of_question in scores]
+
+
+def chance_per_type(questions: Iterable[VqaQuestion], scores: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the score, in percent, of the best constant answer of the vocabulary per question type and, as `overall`, for all of them."""
+    totals: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     num_questions: Counter[str] = Counter()
-    for question in questions:
-        scores = _answer_scores(question, vocabulary, version)
+    for question, of_question in zip(questions, scores, strict=True):
         for kind in ("overall", question.question_type):
             num_questions[kind] += 1
-            for answer, score in scores.items():
-                totals[kind][answer] += score  # type: ignore[assignment]
+            for answer, score in of_question.items():
+                totals[kind][answer] += score
     return {kind: round(max(totals[kind].values(), default=0) / n, 2) for kind, n in num_questions.items()}
-
-
-def _answer_scores(question: VqaQuestion, vocabulary: AnswerVocabulary, version: str) -> dict[str, float]:
-    """Score every label that some annotator gave; no other answer can score."""
-    given = sorted({vocabulary.index_of.get(normalize_answer(clean_answer(a["answer"])), -1) for a in question.answers} - {-1})
-    return {vocabulary.spellings[i]: vqa_accuracy(vocabulary.spellings[i], question.answers, version) for i in given}

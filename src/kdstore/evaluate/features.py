@@ -1,6 +1,8 @@
-"""Frozen features for an evaluation: each image decoded once, encoded by each model once, kept as float16.
+"""Frozen features for an evaluation: each image decoded once, encoded by each model once, kept as float16; or read from stores (`stored`).
 
 Encoding several models in one pass matters because decoding (or drawing) an image costs as much as a small model's forward pass.
+
+Shape suffixes: N images, U images of a batch, T tokens, W their width.
 """
 
 from __future__ import annotations
@@ -9,10 +11,12 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from kdstore.data.source import LoadedImage
 from kdstore.errors import EvaluationError
@@ -26,6 +30,24 @@ IN_MEMORY = 2 * 1024**3
 """Bytes of one array past which it lies in a temporary file."""
 
 
+@dataclass(frozen=True, eq=False)
+class Images:
+    """What a head sees of the images of a split: `take(numbers [U])` gives float32 [U, T, W] on the CPU or on the head's device."""
+
+    width: int
+    take: Callable[[np.ndarray], torch.Tensor]
+
+
+def kept_images(feature_NTW: np.ndarray) -> Images:
+    """Look images up in an array."""
+    return Images(feature_NTW.shape[2], lambda numbers_U: torch.from_numpy(feature_NTW[numbers_U]).float())
+
+
+def without_image(images: Images) -> Images:
+    """Return what the question-only control sees in place of these: every image is one and the same token of zeros."""
+    return Images(images.width, lambda numbers_U: torch.zeros(len(numbers_U), 1, images.width))
+
+
 def image_features(
     models: Sequence[Model],
     load: Callable[[int], LoadedImage],
@@ -33,12 +55,14 @@ def image_features(
     *,
     reads: str,
     batch: int,
+    grid: int | None = None,
     on_progress: OnProgress = silent,
     stage: str = "encode",
 ) -> list[np.ndarray]:
     """Encode images 0 to `num_images` by models that share one preprocessing; returns float16 [N, T, W] per model.
 
-    `reads` is `tokens`, or `embedding` for the embedding before normalisation as one token. Raises EvaluationError for features that float16 cannot hold.
+    `reads` is `tokens`, or `embedding` for the embedding before normalisation as one token. Raises EvaluationError for features that float16 cannot hold,
+    and for a `grid` that tokens cannot be averaged to.
     """
     arrays: list[np.ndarray] = []
     for start in range(0, num_images, batch):
@@ -46,21 +70,30 @@ def image_features(
         image_BCHW = torch.stack([models[0].preprocess(load(i).image) for i in range(start, stop)])
         for m, model in enumerate(models):
             feature_BTW = encode_image_tokens(model, image_BCHW)[1] if reads == "tokens" else encode_image(model, image_BCHW)[:, None]
-            half_BTW = feature_BTW.to(torch.float16).cpu().numpy()
-            if not np.isfinite(half_BTW).all():
+            half_BTW = feature_BTW.to(torch.float16)
+            if not half_BTW.isfinite().all():
                 raise EvaluationError(
                     f"{model.name.name} gives features that are not finite in float16, on images {start} to {stop - 1}.", "Check its weights and its precision."
                 )
+            kept_BTW = on_grid(half_BTW, grid).cpu().numpy()
             if start == 0:
-                arrays.append(_empty((num_images, *half_BTW.shape[1:])))
-            arrays[m][start:stop] = half_BTW
+                arrays.append(_empty((num_images, *kept_BTW.shape[1:])))
+            arrays[m][start:stop] = kept_BTW
         on_progress(stage, stop, num_images, "")
     return arrays
 
 
-def without_image(feature_NTW: np.ndarray) -> np.ndarray:
-    """Return what the question-only control sees in place of these: every image is one and the same token of zeros [N, 1, W]."""
-    return np.broadcast_to(np.zeros((1, 1, 1), np.float16), (len(feature_NTW), 1, feature_NTW.shape[2]))
+def on_grid(token_BTW: torch.Tensor, grid: int | None) -> torch.Tensor:
+    """Average tokens of a square grid to `grid` rows and columns, in float32; raises EvaluationError for other tokens, or fewer."""
+    B, T, W = token_BTW.shape
+    side = math.isqrt(T)
+    if grid is None or grid == side:
+        return token_BTW
+    if side * side != T or side < grid:
+        found = f"{T} tokens ({side} x {side})" if side * side == T else f"{T} tokens, which are no square grid"
+        raise EvaluationError(f"Tokens are to be averaged to {grid} x {grid}, but this model gives {found}.", "Set a smaller grid, or none.")
+    grid_BWHW = token_BTW.float().mT.reshape(B, W, side, side)
+    return F.adaptive_avg_pool2d(grid_BWHW, grid).flatten(2).mT.to(token_BTW.dtype)
 
 
 def question_states(model: Model, texts: Sequence[str], batch: int) -> tuple[torch.Tensor, dict[str, range]]:

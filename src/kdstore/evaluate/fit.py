@@ -1,157 +1,222 @@
-"""Train a head on frozen features, and answer with it: a fixed schedule, no look at the evaluated split, the same result for the same seed.
+"""Train a head, alone or with blocks of the image tower, and answer with it: no look at the evaluated split, the same result for the same seed.
 
 Loss: binary cross-entropy with logits against soft targets, averaged over everything and multiplied by the number of answers, which is the sum
 over answers and the mean over questions. Batches are of images, since all questions of an image share its keys and values; small ones, since a head learns
 to bind attributes to objects by the number of steps more than by the number of questions.
 
-Shape suffixes as in `heads`; N images, Q questions, K labels of a question.
+All that a step depends on is a function of the seed and its number, so that a run that goes on from a checkpoint is the run that never stopped.
+
+Shape suffixes as in `heads`; Q questions, K labels of a question, U different images of a batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdstore.evaluate.answers import PADDING, START
-from kdstore.evaluate.heads import HEADS, MAX_WORDS, PackedQuestions, QuestionEncoder, TowerQuestions, WordQuestions
+from kdstore.errors import EvaluationError, Interrupted
+from kdstore.evaluate.answers import START
+from kdstore.evaluate.features import Images
+from kdstore.evaluate.heads import HEADS, HeadShape, QuestionEncoder, TowerQuestions, WordQuestions
+from kdstore.evaluate.packing import QuestionRows, packed_batch
 from kdstore.evaluate.protocol import VqaConfig
+from kdstore.jsonfile import write_bytes
+from kdstore.models.checkpoint import checkpoint_bytes, parse_checkpoint
 from kdstore.progress import OnProgress, silent
+from kdstore.stopping import held_signals
 
-QUESTIONS_PER_ROW = 8
+LOOK_EVERY = 20
+"""Steps between two looks at the loss: each waits for the device."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lessons:
+    """Packed questions, the images that they are on, and the soft targets of each by label."""
+
+    images: Images
+    rows: QuestionRows
+    targets: Sequence[dict[int, float]]
 
 
 @dataclass(frozen=True)
-class QuestionRows:
-    """Questions packed into rows, each of one image: `PackedQuestions` as arrays, and `question_RP`, the number of each question (-1 pads)."""
+class Kept:
+    """Where the checkpoint of a fit lies, and the digest of all that decides the fit."""
 
-    image_R: np.ndarray
-    word_RS: np.ndarray
-    place_RS: np.ndarray
-    segment_RS: np.ndarray
-    start_RP: np.ndarray
-    question_RP: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.image_R)
+    path: Path
+    settings: str
 
 
-def pack_questions(words: Sequence[Sequence[int]], images: Sequence[int]) -> QuestionRows:
-    """Pack questions (their word ids, without start) into rows of at most QUESTIONS_PER_ROW questions on the same image, by image."""
-    order = sorted(range(len(words)), key=lambda q: images[q])  # stable: questions keep their order
-    groups: list[list[int]] = []
-    for q in order:
-        if groups and images[groups[-1][0]] == images[q] and len(groups[-1]) < QUESTIONS_PER_ROW:
-            groups[-1].append(q)
-        else:
-            groups.append([q])
-    num_words = max(sum(1 + min(len(words[q]), MAX_WORDS - 1) for q in group) for group in groups)
-    num_questions = max(map(len, groups))
-    shape = (len(groups), num_words)
-    rows = QuestionRows(
-        image_R=np.array([images[group[0]] for group in groups], np.int64),
-        word_RS=np.full(shape, PADDING, np.int64),
-        place_RS=np.zeros(shape, np.int64),
-        segment_RS=np.full(shape, -1, np.int64),
-        start_RP=np.full((len(groups), num_questions), -1, np.int64),
-        question_RP=np.full((len(groups), num_questions), -1, np.int64),
-    )
-    for r, group in enumerate(groups):
-        end = 0
-        for p, q in enumerate(group):
-            ids = [START, *words[q]][:MAX_WORDS]
-            span = slice(end, end + len(ids))
-            rows.word_RS[r, span], rows.place_RS[r, span], rows.segment_RS[r, span] = ids, range(len(ids)), p
-            rows.start_RP[r, p], rows.question_RP[r, p] = end, q
-            end += len(ids)
-    return rows
-
-
-def packed_batch(rows: QuestionRows, chosen: np.ndarray, device: torch.device) -> PackedQuestions:
-    """Take the chosen rows, without columns that are padding in all of them."""
-    length = int((rows.segment_RS[chosen] >= 0).sum(axis=1).max())
-    num_questions = int((rows.start_RP[chosen] >= 0).sum(axis=1).max())
-
-    def take(array: np.ndarray, columns: int) -> torch.Tensor:
-        return torch.from_numpy(array[chosen, :columns]).to(device)
-
-    return PackedQuestions(take(rows.word_RS, length), take(rows.place_RS, length), take(rows.segment_RS, length), take(rows.start_RP, num_questions))
-
-
-def build_head(config: VqaConfig, image_width: int, num_answers: int, *, num_words: int, states: torch.Tensor | None = None) -> nn.Module:
+def build_head(config: VqaConfig, image_width: int, num_answers: int, *, num_words: int, states: torch.Tensor | None = None, num_images: int = 1) -> nn.Module:
     """Build an untrained head; with `states` [words of all distinct questions, tower width] it reads these instead of learning words."""
     words = WordQuestions(START + 1 + num_words, config.width) if states is None else TowerQuestions(states, config.width)
     encoder = QuestionEncoder(words, config.width, config.attention_heads)
-    return HEADS[config.head].build(image_width, encoder, num_answers, config.width, config.layers, config.attention_heads)
+    return HEADS[config.head].build(HeadShape(image_width, num_images, num_answers, config.width, config.layers, config.attention_heads), encoder)
 
 
 def fit_head(
-    head: nn.Module,
-    image_NTW: np.ndarray,
-    rows: QuestionRows,
-    targets: Sequence[dict[int, float]],
+    parts: nn.ModuleDict,
+    lessons: Lessons,
     config: VqaConfig,
+    seed: int,
     device: torch.device,
     *,
+    held: Lessons | None = None,
+    kept: Kept | None = None,
     on_progress: OnProgress = silent,
     stage: str = "head",
-) -> float:
-    """Train a head in place; `targets[q]` are the soft targets of question q by label. Returns the mean loss of the last tenth of the steps."""
-    label_QK, score_QK = _padded_targets(targets)
-    head.to(device).train()
-    decayed = [p for p in head.parameters() if p.ndim > 1]
-    plain = [p for p in head.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    order = np.random.default_rng(config.seed)
-    per_epoch = math.ceil(len(rows) / config.batch_images)
-    num_steps = config.epochs * per_epoch
-    losses = []
-    for step in range(num_steps):
-        if step % per_epoch == 0:
-            shuffled = order.permutation(len(rows))
-        chosen = shuffled[step % per_epoch * config.batch_images :][: config.batch_images]
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, num_steps, config.warmup)
-        question_RP = rows.question_RP[chosen]
-        logits_QA = _logits(head, image_NTW, rows, chosen, device)
+) -> dict[str, Any]:
+    """Train the `head` of some parts in place, and of the `tower` that images come from, if it is one of them, what is trainable.
+
+    Returns what a result says of it. With `held` questions the weights of the epoch that answers most of these remain. With `kept` it goes on from the
+    checkpoint there, and leaves one every `save_every` steps, and for Ctrl-C or SIGTERM before it raises Interrupted. Raises EvaluationError for a loss
+    that is not finite.
+    """
+    fit = _Fit(parts.to(device), lessons, config, seed, device)
+    if kept is not None and kept.path.is_file():
+        fit.restore(parse_checkpoint(kept.path.read_bytes(), kept.path, kept.settings, device))
+
+    def save() -> None:
+        if kept is not None:
+            write_bytes(kept.path, checkpoint_bytes({**fit.state(), "settings": kept.settings}))
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), held_signals(patient=False) as signal_came:
+        while True:
+            if signum := signal_came():
+                fit.look(stage)
+                save()
+                where = f"; {kept.path.parent} holds a checkpoint" if kept else ""
+                raise Interrupted(f"Stopped at step {fit.step} of {fit.num_steps} of {stage}{where}.", "The same command goes on from there.", signum)
+            if fit.step == fit.num_steps or fit.stale == config.patience:
+                return fit.finish()
+            loss = fit.take()
+            if fit.step % LOOK_EVERY == 0 or fit.step == fit.num_steps:
+                fit.look(stage)
+                on_progress(stage, fit.step, fit.num_steps, f"loss {loss.item():.3f}")
+            if held is not None and fit.step % fit.per_epoch == 0:
+                fit.choose(held_out_accuracy(parts, held, device))
+            if fit.step % config.save_every == 0:
+                save()
+
+
+class _Fit:
+    """The state of a fit between two steps."""
+
+    def __init__(self, parts: nn.ModuleDict, lessons: Lessons, config: VqaConfig, seed: int, device: torch.device) -> None:
+        self.parts, self.lessons, self.config, self.seed, self.device = parts, lessons, config, seed, device
+        self.label_QK, self.score_QK = _padded_targets(lessons.targets)
+        self.optimiser = _optimiser(parts, config)
+        self.per_epoch = math.ceil(len(lessons.rows) / config.batch_images)
+        self.num_steps = config.epochs * self.per_epoch
+        self.step = 0
+        self.losses: deque[torch.Tensor] = deque(maxlen=max(1, self.num_steps // 10))
+        self.best: dict[str, Any] = {}
+        self.stale = 0  # epochs since the best one
+
+    def take(self) -> torch.Tensor:
+        """Take one step; returns its loss, not yet looked at."""
+        c, rows = self.config, self.lessons.rows
+        epoch, place = divmod(self.step, self.per_epoch)
+        chosen = np.random.default_rng((self.seed, epoch)).permutation(len(rows))[place * c.batch_images :][: c.batch_images]
+        for group in self.optimiser.param_groups:
+            group["lr"] = c.learning_rate * group["share"] * _schedule(self.step, self.num_steps, c.warmup)
+        torch.manual_seed(int(np.random.default_rng((self.seed, self.step, 1)).integers(2**62)))  # of dropout
+        self.parts.train()
+        logits_QA = _logits(self.parts["head"], self.lessons.images, rows, chosen, self.device)
         target_QA = torch.zeros_like(logits_QA)
-        asked = question_RP[question_RP >= 0]
-        target_QA.scatter_add_(1, label_QK[asked].to(device), score_QK[asked].to(device))
+        asked = rows.question_RP[chosen]
+        asked = asked[asked >= 0]
+        target_QA.scatter_add_(1, self.label_QK[asked].to(self.device), self.score_QK[asked].to(self.device))
         loss = F.binary_cross_entropy_with_logits(logits_QA, target_QA) * logits_QA.shape[1]
-        optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(head.parameters(), config.gradient_clip)
-        optimiser.step()
-        losses.append(loss.detach())
-        if (step + 1) % 20 == 0 or step + 1 == num_steps:
-            on_progress(stage, step + 1, num_steps, f"loss {loss.item():.3f}")
-    return float(torch.stack(losses[-max(1, num_steps // 10) :]).mean())
+        nn.utils.clip_grad_norm_((p for group in self.optimiser.param_groups for p in group["params"]), c.gradient_clip)
+        self.optimiser.step()
+        self.losses.append(loss.detach())
+        self.step += 1
+        return loss
+
+    def look(self, stage: str) -> None:
+        """Raise EvaluationError if one of the latest losses is not finite: weights are broken from there on."""
+        recent = [loss.item() for loss in list(self.losses)[-LOOK_EVERY:]]
+        for back, loss in enumerate(reversed(recent)):
+            if not math.isfinite(loss):
+                raise EvaluationError(f"The loss of {stage} is {loss} at step {self.step - back}.", "Lower learning_rate, or tower_rate with --mode.")
+
+    def choose(self, accuracy: float) -> None:
+        """Keep the weights if no epoch before answered more of the questions held out."""
+        self.stale += 1
+        if not self.best or accuracy > self.best["accuracy"]:
+            weights = {name: value.detach().clone() for name, value in self.parts.state_dict().items()}
+            self.best, self.stale = {"accuracy": accuracy, "epoch": self.step // self.per_epoch, "weights": weights}, 0
+
+    def finish(self) -> dict[str, Any]:
+        """Put the best weights in place; returns the mean loss of the last tenth of all steps, the steps taken and which epoch was chosen."""
+        if self.best:
+            self.parts.load_state_dict(self.best["weights"])
+        loss = float(torch.stack(list(self.losses)).mean()) if self.losses else None
+        chosen = {"epoch": self.best["epoch"], "held_out_accuracy": round(100 * self.best["accuracy"], 2)} if self.best else {}
+        return {"loss": loss, "steps": self.step, **chosen}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "parts": self.parts.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "stale": self.stale,
+            "losses": [loss.item() for loss in self.losses],
+            "best": self.best,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.parts.load_state_dict(state["parts"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.stale, self.best = state["step"], state["stale"], state["best"]
+        self.losses.extend(torch.tensor(loss, device=self.device) for loss in state["losses"])
 
 
-@torch.inference_mode()
-def answer_questions(head: nn.Module, image_NTW: np.ndarray, rows: QuestionRows, device: torch.device, *, batch_images: int = 64) -> np.ndarray:
-    """Return the number of the most likely answer of each question, int64 [Q]."""
-    head.to(device).eval()
+@torch.no_grad()
+def answer_questions(parts: nn.ModuleDict, images: Images, rows: QuestionRows, device: torch.device, *, batch_images: int = 64) -> np.ndarray:
+    """Return the number of the most likely answer of each question, int64 [Q]; `parts` holds the head, and the tower that `images` come from."""
+    parts.to(device).eval()
     answer_Q = np.empty(int(rows.question_RP.max()) + 1, np.int64)
     for chosen in _consecutive(len(rows), batch_images):
         question_RP = rows.question_RP[chosen]
-        answer_Q[question_RP[question_RP >= 0]] = _logits(head, image_NTW, rows, chosen, device).argmax(dim=1).cpu().numpy()
+        answer_Q[question_RP[question_RP >= 0]] = _logits(parts["head"], images, rows, chosen, device).argmax(dim=1).cpu().numpy()
     return answer_Q
 
 
-def _logits(head: nn.Module, image_NTW: np.ndarray, rows: QuestionRows, chosen: np.ndarray, device: torch.device) -> torch.Tensor:
+def held_out_accuracy(parts: nn.ModuleDict, held: Lessons, device: torch.device) -> float:
+    """Return the mean target of the answers given, 0 to 1: the accuracy, but that both sides are normalised."""
+    answer_Q = answer_questions(parts, held.images, held.rows, device)
+    return sum(target.get(int(answer), 0.0) for answer, target in zip(answer_Q, held.targets, strict=True)) / len(answer_Q)
+
+
+def _optimiser(parts: nn.ModuleDict, config: VqaConfig) -> torch.optim.AdamW:
+    """AdamW; the tower learns at a share of the head's rate. Matrices decay, gains and biases do not."""
+    groups = [
+        {"params": chosen, "weight_decay": config.weight_decay if decays else 0.0, "share": config.tower_rate if name == "tower" else 1.0}
+        for name, part in parts.items()
+        for decays in (True, False)
+        if (chosen := [p for p in part.parameters() if p.requires_grad and (p.squeeze().ndim > 1) == decays])
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def _logits(head: nn.Module, images: Images, rows: QuestionRows, chosen: np.ndarray, device: torch.device) -> torch.Tensor:
     """Return logits [Q, A] of the questions in the chosen rows, in their order."""
-    image_RTW = torch.from_numpy(image_NTW[rows.image_R[chosen]]).to(device).float()
+    numbers_U, place = np.unique(rows.image_RI[chosen], return_inverse=True)
+    place_RI = torch.from_numpy(place.reshape(len(chosen), -1)).to(device)
+    image_RTW = images.take(numbers_U).to(device)[place_RI].flatten(1, 2)
     questions = packed_batch(rows, chosen, device)
     return head(image_RTW, questions)[questions.start_RP >= 0]
 

@@ -1,4 +1,4 @@
-"""Small networks that answer questions from frozen image features: one question encoder, two heads.
+"""Small networks that answer questions from image features: one question encoder, three heads.
 
 The words of all questions on an image lie behind each other in one row, so that an image's keys and values are computed once for all its
 questions and hardly anything is padded; a mask keeps questions apart. Heads of different models differ in the projection of their image
@@ -6,9 +6,12 @@ features and in nothing else (see `head_parameters`).
 
 `coattention` is METER's head (arXiv 2111.02387) made small: layers of self-attention over words, cross-attention to image tokens and an MLP, then
 both pooled states through Linear-LayerNorm-GELU-Linear. Left out on purpose: image tokens do not attend to the words, which would cost a pass over all tokens
-per question. `pooled` sees the image as one embedding and has no attention to it: a weak baseline.
+per question. `butd` attends once, from the question's state to tokens without places, and multiplies the two (arXiv 1707.07998, with the attention of Pythia,
+arXiv 1807.09956): all that it knows of where things are is in the tokens. `pooled` sees an image as one embedding: a weak baseline.
 
-R rows (an image and some of its questions), S words of a row with padding, P questions of a row with padding, T image tokens, W their width,
+Where a question has two images, the tokens of both lie behind each other, and a learned mark says which image a token is of.
+
+R rows (the images of some questions), S words of a row with padding, P questions of a row with padding, T image tokens (of all I images), W their width,
 D width of the head, A answers.
 """
 
@@ -118,23 +121,52 @@ class QuestionEncoder(nn.Module):
         return self.layer(self.words(questions.word_RS) + self.place(questions.place_RS), mask)
 
 
+@dataclass(frozen=True)
+class HeadShape:
+    """What a head is built for: width of the image features, images of a question, answers; its own width, layers and attention heads."""
+
+    image_width: int
+    num_images: int
+    num_answers: int
+    width: int
+    layers: int
+    attention_heads: int
+
+
+class ImageInput(nn.Module):
+    """Project normalised features to the head's width, and mark of which image each is."""
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.image_projection = nn.Linear(shape.image_width, shape.width)
+        self.mark = nn.Embedding(shape.num_images, shape.width) if shape.num_images > 1 else None
+
+    def forward(self, image_RTW: torch.Tensor) -> torch.Tensor:
+        image_RTD: torch.Tensor = self.image_projection(F.layer_norm(image_RTW, image_RTW.shape[-1:]))
+        if self.mark is None:
+            return image_RTD
+        return image_RTD + self.mark.weight.repeat_interleave(image_RTD.shape[1] // len(self.mark.weight), dim=0)
+
+
 class CoAttentionHead(nn.Module):
     """Question words attend to image tokens; answers from the question's state and the image tokens pooled by it."""
 
-    def __init__(self, image_width: int, encoder: QuestionEncoder, num_answers: int, width: int, num_layers: int, num_heads: int) -> None:
+    def __init__(self, shape: HeadShape, encoder: QuestionEncoder) -> None:
         super().__init__()
+        self.num_images = shape.num_images
         self.encoder = encoder
-        self.image_projection = nn.Linear(image_width, width)
-        self.image_norm = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(Layer(width, num_heads, cross=True) for _ in range(num_layers))
-        self.state_norm = nn.LayerNorm(width)
-        self.pool = Attention(width, num_heads)
-        self.answers = _answer_layers(2 * width, num_answers)
+        self.image = ImageInput(shape)
+        self.image_norm = nn.LayerNorm(shape.width)
+        self.layers = nn.ModuleList(Layer(shape.width, shape.attention_heads, cross=True) for _ in range(shape.layers))
+        self.state_norm = nn.LayerNorm(shape.width)
+        self.pool = Attention(shape.width, shape.attention_heads)
+        self.answers = _answer_layers(2 * shape.width, shape.num_answers)
 
     def forward(self, image_RTW: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:
         """Return logits [R, P, A]."""
-        image_RTD = self.image_projection(F.layer_norm(image_RTW, image_RTW.shape[-1:]))
-        image_RTD = self.image_norm(image_RTD + token_places(image_RTD.shape[1], image_RTD.shape[2], image_RTD.device))
+        image_RTD = self.image(image_RTW)
+        places = token_places(image_RTD.shape[1] // self.num_images, image_RTD.shape[2], image_RTD.device)
+        image_RTD = self.image_norm(image_RTD + places.repeat(self.num_images, 1))
         mask = question_mask(questions)
         x_RSD = self.encoder(questions, mask)
         for layer in self.layers:
@@ -143,22 +175,48 @@ class CoAttentionHead(nn.Module):
         return self.answers(torch.cat([state_RPD, self.pool(state_RPD, image_RTD)], dim=-1))
 
 
-class PooledHead(nn.Module):
-    """One image embedding beside the question's state, through an MLP."""
+class TopDownHead(nn.Module):
+    """One attention of the question's state over image tokens, then the product of both: bottom-up and top-down attention, without its regions.
 
-    def __init__(self, image_width: int, encoder: QuestionEncoder, num_answers: int, width: int, num_layers: int, num_heads: int) -> None:
+    A token's weight is the softmax of w * (relu(V token) . relu(Q state)).
+    """
+
+    def __init__(self, shape: HeadShape, encoder: QuestionEncoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self.image_projection = nn.Linear(image_width, width)
-        self.state_norm = nn.LayerNorm(width)
-        self.answers = _answer_layers(2 * width, num_answers)
+        self.image = ImageInput(shape)
+        self.image_norm = nn.LayerNorm(shape.width)
+        self.state_norm = nn.LayerNorm(shape.width)
+        self.attend_image, self.attend_state = _rectified(shape.width), _rectified(shape.width)
+        self.weight = nn.Linear(shape.width, 1, bias=False)
+        self.from_image, self.from_state = _rectified(shape.width), _rectified(shape.width)
+        self.answers = _answer_layers(shape.width, shape.num_answers)
 
     def forward(self, image_RTW: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:
-        """Return logits [R, P, A]; the image is the one row of `image_RTW`."""
+        """Return logits [R, P, A]."""
+        image_RTD = self.image_norm(self.image(image_RTW))
         x_RSD = self.encoder(questions, question_mask(questions))
         state_RPD = self.state_norm(_question_states(x_RSD, questions))
-        image_R1D = self.image_projection(F.layer_norm(image_RTW, image_RTW.shape[-1:]))
-        return self.answers(torch.cat([state_RPD, image_R1D.expand_as(state_RPD)], dim=-1))
+        weight_RPT = ((self.attend_state(state_RPD) * self.weight.weight) @ self.attend_image(image_RTD).mT).softmax(dim=-1)
+        return self.answers(self.from_state(state_RPD) * self.from_image(weight_RPT @ image_RTD))
+
+
+class PooledHead(nn.Module):
+    """One embedding of each image beside the question's state, through an MLP."""
+
+    def __init__(self, shape: HeadShape, encoder: QuestionEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.image = ImageInput(shape)
+        self.state_norm = nn.LayerNorm(shape.width)
+        self.answers = _answer_layers((1 + shape.num_images) * shape.width, shape.num_answers)
+
+    def forward(self, image_RTW: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:
+        """Return logits [R, P, A]; each image is one row of `image_RTW`."""
+        x_RSD = self.encoder(questions, question_mask(questions))
+        state_RPD = self.state_norm(_question_states(x_RSD, questions))
+        image_RE = self.image(image_RTW).flatten(1)
+        return self.answers(torch.cat([state_RPD, image_RE[:, None].expand(-1, state_RPD.shape[1], -1)], dim=-1))
 
 
 def question_mask(questions: PackedQuestions) -> torch.Tensor:
@@ -196,13 +254,21 @@ def _answer_layers(width: int, num_answers: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, num_answers))
 
 
+def _rectified(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU())
+
+
 @dataclass(frozen=True)
 class HeadKind:
     """How a head is built, and which image features it reads: `tokens` [T, W] or the `embedding` as one token [1, D]."""
 
-    build: Callable[[int, QuestionEncoder, int, int, int, int], nn.Module]
+    build: Callable[[HeadShape, QuestionEncoder], nn.Module]
     reads: str
 
 
-HEADS: dict[str, HeadKind] = {"coattention": HeadKind(CoAttentionHead, "tokens"), "pooled": HeadKind(PooledHead, "embedding")}
-"""Name -> kind; built from (image width, question encoder, answers, width, layers, attention heads)."""
+HEADS: dict[str, HeadKind] = {
+    "coattention": HeadKind(CoAttentionHead, "tokens"),
+    "butd": HeadKind(TopDownHead, "tokens"),
+    "pooled": HeadKind(PooledHead, "embedding"),
+}
+"""Name -> kind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from kdstore.errors import ConfigError
@@ -11,58 +12,121 @@ from kdstore.errors import ConfigError
 class VqaConfig:
     """What is evaluated, on which questions, with which head; batch, rate and width were chosen on scenes, for few seconds on two cores."""
 
-    model: str
+    model: str | None = None
     pretrained: str | None = None
+    features: str | tuple[str, ...] | None = None  # stores of a model's image features, instead of the model
+    mode: str = "frozen"  # or head+last-K, full
+    image_size: int | None = None  # pixels; positions are interpolated; None: the model's own
     dataset: str = "scenes"
     folder: str | None = None  # of data sets that are files
-    train_split: str = "train"
+    train_split: str = "train"  # 'train+val' where the evaluated split has no answers
     eval_split: str = "test"
     train_images: int | None = None  # the first ones of the split; None: all
     eval_images: int | None = None
-    metric_version: str = "2021"
+    metric_version: str | None = None  # None: the default of the data set's metric
     head: str = "coattention"
     question_encoder: str = "scratch"  # or own-text-tower
     controls: bool = True  # the rows question-only, untrained and vocabulary-oracle beside the model's
     min_answer_count: int = 1  # training questions an answer must lead to be in the vocabulary
+    lookup: str = "normalised"  # of answers in the vocabulary; or raw, as in the published recipes
+    grid: int | None = None  # average tokens to this many rows and columns
     width: int = 64
     layers: int = 2
     attention_heads: int = 4
     epochs: int = 4
+    early_stopping: float = 0.0  # share of the training images held out to choose the epoch
+    patience: int = 2  # epochs without a better score on these before training ends
     batch_images: int = 16
     learning_rate: float = 2e-3
+    tower_rate: float = 0.1  # learning rate of the image tower's blocks as a share of the head's
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the steps
     gradient_clip: float = 1.0
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     device: str = "auto"
     precision: str = "fp32"  # of the model's forward pass
     encode_batch: int = 256
-    out: str | None = None  # result file
+    pixels_gib: float = 2.0  # memory for decoded images, where the tower is trained
+    save_every: int = 500  # steps between checkpoints
+    out: str | None = None  # result file; what is finished, and checkpoints, lie beside it
 
     def __post_init__(self) -> None:
-        for name in ("min_answer_count", "layers", "attention_heads", "epochs", "batch_images", "encode_batch"):
+        for name in ("min_answer_count", "layers", "attention_heads", "epochs", "patience", "batch_images", "encode_batch", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
-        for name in ("train_images", "eval_images"):
+        for name in ("train_images", "eval_images", "grid", "image_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Leave {name} out to use the whole split.")
-        if self.seed < 0:
-            raise ConfigError(f"'seed' must be at least 0, found {self.seed}.", "Correct seed.")
-        if self.train_split == self.eval_split:
-            raise ConfigError(f"'train_split' and 'eval_split' must differ, found '{self.eval_split}' for both.", "Evaluate on another split.")
+                raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Leave {name} out to take what is there.")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"'seeds' must be different numbers of 0 or more, found {list(self.seeds)}.", "Write --seeds 0,1,2.")
+        if self.eval_split in self.train_splits or len(set(self.train_splits)) < len(self.train_splits):
+            raise ConfigError(f"'train_split' and 'eval_split' must differ, found '{self.train_split}' and '{self.eval_split}'.", "Evaluate on another split.")
         if self.width < 4 or self.width % self.attention_heads:
             raise ConfigError(f"'width' must be a multiple of attention_heads ({self.attention_heads}) and at least 4, found {self.width}.", "Correct width.")
-        if not (self.learning_rate > 0 and self.gradient_clip > 0 and self.weight_decay >= 0 and 0 <= self.warmup < 1):
-            raise ConfigError("'learning_rate' and 'gradient_clip' must be positive, 'weight_decay' not negative, 'warmup' in [0, 1).", "Correct the schedule.")
-        if self.question_encoder not in QUESTION_ENCODERS:
+        if not (self.learning_rate > 0 and self.tower_rate > 0 and self.gradient_clip > 0 and self.weight_decay >= 0 and 0 <= self.warmup < 1):
             raise ConfigError(
-                f"'question_encoder' must be one of {', '.join(QUESTION_ENCODERS)}, found '{self.question_encoder}'.", "Correct question_encoder."
+                "'learning_rate', 'tower_rate' and 'gradient_clip' must be positive, 'weight_decay' not negative, 'warmup' in [0, 1).", "Correct the schedule."
             )
+        if not 0 <= self.early_stopping < 1:
+            raise ConfigError(f"'early_stopping' must be a share of the training images in [0, 1), found {self.early_stopping}.", "Correct early_stopping.")
+        for name, known in (("question_encoder", QUESTION_ENCODERS), ("lookup", LOOKUPS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"'{name}' must be one of {', '.join(known)}, found '{getattr(self, name)}'.", f"Correct {name}.")
+        self._check_mode()
+
+    def _check_mode(self) -> None:
+        if bool(self.model) == bool(self.stores):
+            raise ConfigError("Either a model or stores of its features are evaluated.", "Give --model or --features.")
+        if self.mode not in ("frozen", "full") and not re.fullmatch(r"head\+last-[1-9][0-9]*", self.mode):
+            raise ConfigError(f"'mode' must be frozen, head+last-K (as head+last-2) or full, found '{self.mode}'.", "Correct --mode.")
+        if self.stores:
+            for found, said in (
+                (self.tuned, f"--mode {self.mode} trains the image tower"),
+                (self.image_size is not None, "--image-size changes what the tower sees"),
+                (self.question_encoder == "own-text-tower", "the own text tower encodes questions"),
+            ):
+                if found:
+                    raise ConfigError(f"A store holds features, but {said}.", "Give --model instead of --features.")
+        if self.tuned and self.out is None:
+            raise ConfigError(f"--mode {self.mode} keeps checkpoints beside its result, and there is no result file.", "Give --out FILE.")
+        if self.tuned and self.precision == "fp16":
+            raise ConfigError("The image tower is trained in fp32 or bf16, found fp16.", "Correct precision.")
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        return (self.features,) if isinstance(self.features, str) else self.features or ()
+
+    @property
+    def train_splits(self) -> tuple[str, ...]:
+        return tuple(self.train_split.split("+"))
+
+    @property
+    def tuned(self) -> bool:
+        """Whether (part of) the image tower is trained."""
+        return self.mode != "frozen"
+
+    @property
+    def blocks(self) -> int | None:
+        """How many of the image tower's last blocks are trained; None: the whole tower."""
+        return int(self.mode.removeprefix("head+last-")) if self.mode.startswith("head") else 0 if self.mode == "frozen" else None
+
+
+def parse_seeds(text: str | None) -> tuple[int, ...] | None:
+    """Read `0,1,2`; raises ConfigError."""
+    try:
+        return None if text is None else tuple(map(int, text.split(",")))
+    except ValueError as e:
+        raise ConfigError(f"'{text}' is no list of seeds.", "Write --seeds 0,1,2.") from e
 
 
 QUESTION_ENCODERS = ("scratch", "own-text-tower")
 """`scratch`: words learned from the training questions, the same for all models. `own-text-tower`: the frozen states of the model's own text
 tower, a second protocol, since it mixes what image and text towers know."""
 
-NOT_IN_DIGEST = ("model", "pretrained", "folder", "controls", "device", "encode_batch", "out")
+LOOKUPS = ("normalised", "raw")
+
+NOT_IN_DIGEST = (
+    *("model", "pretrained", "features", "folder", "controls", "seeds"),
+    *("device", "encode_batch", "pixels_gib", "save_every", "out"),
+)
 """Settings that are no part of the protocol: results of equal digests may stand in one table."""

@@ -1,8 +1,8 @@
-"""Visual question answering on frozen image features: one protocol for students and teachers, with the controls that give a score its meaning.
+"""Visual question answering on image features: one protocol for students and teachers, with the controls that give a score its meaning.
 
-Rows beside the model's own, under the same head, schedule and seed:
+Rows beside the model's own, under the same head, schedule and seeds:
 - `question-only`: every image is one and the same token of zeros, so that nothing but the question can tell the answer;
-- `untrained`: the same architecture with random weights;
+- `untrained`: the same architecture with random weights, in the same mode;
 - `vocabulary-oracle`: the best answer of the vocabulary to each question, the most that any head can reach.
 
 All questions of the evaluated split count, whether or not the vocabulary can answer them; nothing is chosen by looking at that split.
@@ -20,40 +20,35 @@ import torch
 from torch import nn
 
 from kdstore.config import as_dict, config_digest
-from kdstore.errors import EvaluationError, UnknownName
-from kdstore.evaluate.answers import (
-    START,
-    UNKNOWN,
-    AnswerVocabulary,
-    answer_vocabulary,
-    best_answer,
-    chance_per_type,
-    soft_target,
-    split_words,
-    word_vocabulary,
-)
-from kdstore.evaluate.datasets import VQA_DATASETS, VqaQuestion, VqaSplit, open_vqa
-from kdstore.evaluate.features import image_features, question_states, without_image
-from kdstore.evaluate.fit import answer_questions, build_head, fit_head, pack_questions
+from kdstore.errors import UnknownName
+from kdstore.evaluate.answers import START, UNKNOWN, split_words
+from kdstore.evaluate.datasets import VQA_DATASETS
+from kdstore.evaluate.datasets.form import VqaQuestion
+from kdstore.evaluate.features import question_states, without_image
+from kdstore.evaluate.fit import Lessons, answer_questions, build_head, fit_head
 from kdstore.evaluate.heads import HEADS, head_parameters
 from kdstore.evaluate.outcomes import Outcomes, Run
+from kdstore.evaluate.packing import QuestionRows, pack_questions
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
-from kdstore.evaluate.results import check_out, made_record, model_record, write_result
-from kdstore.jsonfile import digest_of
-from kdstore.metrics.vqa import VERSIONS, vqa_scores
-from kdstore.models.load import Model, load_model
-from kdstore.models.names import architecture_of
+from kdstore.evaluate.results import check_out, made_record, write_result
+from kdstore.evaluate.rows import Row, checkpoint_of, keep_answers, kept_answers, row_of
+from kdstore.evaluate.sights import Sight, Subject, frozen_sights, open_subject, tuned_sight
+from kdstore.evaluate.task import Asked, VqaTask, open_task
+from kdstore.metrics.scores import Scores, rounded_percent
 from kdstore.progress import OnProgress, silent
+
+ROWS = ("model", "question-only", "untrained")
 
 
 @dataclass(frozen=True)
 class VqaRow:
-    """One row of the result: official `accuracy` in percent (`overall`, `perQuestionType`, `perAnswerType`), and the head behind it."""
+    """A row of the result under one seed: its answers in the order of the questions, their scores where there are answers, and the head behind it."""
 
     name: str
-    accuracy: dict[str, Any]
-    run: Run  # the answers behind it
-    head: dict[str, Any] | None = None  # kind, parameters, last training loss
+    seed: int | None  # None where nothing is drawn
+    answers: tuple[str, ...]
+    scores: Scores | None
+    head: dict[str, Any] | None = None  # kind, parameters, training loss, ...
     seconds: float = 0.0
 
 
@@ -66,152 +61,150 @@ class VqaResult:
     content: dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """Both splits and what follows from the training questions alone; `targets` and `asked` leave out questions that no label answers."""
-
-    train: VqaSplit
-    evaluated: VqaSplit
-    vocabulary: AnswerVocabulary
-    words: dict[str, int]
-    asked: tuple[VqaQuestion, ...]
-    targets: tuple[dict[int, float], ...]
-
-
 def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaResult:
-    """Train a head on a model's frozen features and score its answers; writes the result file if one is named.
+    """Train a head, by its mode with the image tower, and score its answers; writes the result file if one is named.
 
-    Raises UnknownName, ConfigError, ModelError and EvaluationError before any head is trained.
+    What is finished is kept beside that file: the same command goes on from there. Raises UnknownName, ConfigError, ModelError, StoreError and
+    EvaluationError before any head is trained, and Interrupted for Ctrl-C or SIGTERM.
     """
-    _check(config)
+    check_out(config.out)
+    for what, name, known in (("VQA data set", config.dataset, VQA_DATASETS), ("head", config.head, HEADS)):
+        if name not in known:
+            raise UnknownName.of(what, name, known)
     started = time.perf_counter()
-    model = load_model(config.model, config.pretrained, device=config.device, precision=config.precision)
-    if model.name.notice:
-        on_progress("notice", 0, 0, model.name.notice)
-    task = _task(config, on_progress)
-    models = {"model": model}
-    if config.controls:
-        models["untrained"] = load_model(architecture_of(config.model), device=config.device, precision=config.precision, untrained=True, seed=config.seed)
-    rows = _scored_rows(config, task, models, on_progress)
-    if config.controls:
-        oracle = [best_answer(q, task.vocabulary, config.metric_version) for q in task.evaluated.questions]
-        rows.append(VqaRow("vocabulary-oracle", *_scored("vocabulary-oracle", None, task, oracle, config)))
-    chance = chance_per_type(task.evaluated.questions, task.vocabulary, config.metric_version)
+    task = open_task(config, on_progress)
+    subject = open_subject(config, on_progress)
+    rows = _trained_rows(config, task, subject, on_progress)
+    chance: dict[str, float] = {}
+    if task.evaluated.answered:
+        chance = task.chance
+        if config.controls:
+            rows.append(VqaRow("vocabulary-oracle", None, tuple(task.oracle), task.score(task.oracle)))
+    seconds = {f"{row.name}, seed {row.seed}": round(row.seconds, 1) for row in rows if row.head}
     content = {
         "stage": "evaluate vqa",
-        "model": model_record(model),
-        "data": _data_record(task),
-        "metric": {"name": "vqa accuracy", "version": config.metric_version},
+        "model": subject.record,
+        "data": task.record(),
+        "metric": {"name": task.evaluated.metric, "version": task.version},
         "config": as_dict(config),
         "config_digest": config_digest(config, leave_out=NOT_IN_DIGEST),
-        "seed": config.seed,
         "chance": chance,
-        "rows": [{"row": row.name, "scores": _flat(row.accuracy), "accuracy": row.accuracy, "head": row.head} for row in rows],
-        "made": {**made_record(model.device, time.perf_counter() - started), "head_seconds": {row.name: round(row.seconds, 1) for row in rows if row.head}},
+        "rows": [_row_record(row, task) for row in rows],
+        "made": {**made_record(subject.device, time.perf_counter() - started), "head_seconds": seconds},
     }
     return VqaResult(tuple(rows), chance, write_result(config.out, content, _outcomes(task, rows)))
 
 
-def _check(config: VqaConfig) -> None:
-    check_out(config.out)
-    for what, name, known in (
-        ("VQA data set", config.dataset, VQA_DATASETS),
-        ("head", config.head, HEADS),
-        ("version of the VQA accuracy", config.metric_version, VERSIONS),
-    ):
-        if name not in known:
-            raise UnknownName.of(what, name, known)
-
-
-def _task(config: VqaConfig, on_progress: OnProgress) -> _Task:
-    on_progress("questions", 0, 2, f"{config.dataset}/{config.train_split}")
-    train = open_vqa(config.dataset, config.train_split, folder=config.folder, num_images=config.train_images)
-    on_progress("questions", 1, 2, f"{config.dataset}/{config.eval_split}")
-    evaluated = open_vqa(config.dataset, config.eval_split, folder=config.folder, num_images=config.eval_images)
-    on_progress("questions", 2, 2, f"{len(train.questions)} to train on, {len(evaluated.questions)} to answer")
-    vocabulary = answer_vocabulary(train.questions, config.min_answer_count)
-    pairs = [(question, target) for question in train.questions if (target := soft_target(question, vocabulary))]
-    if not pairs:
-        raise EvaluationError(f"No training question of {train.name} has an answer that scores.", "Give questions on whose answers annotators agree.")
-    asked, targets = zip(*pairs, strict=True)
-    return _Task(train, evaluated, vocabulary, word_vocabulary(train.questions), asked, targets)
-
-
-def _scored_rows(config: VqaConfig, task: _Task, models: dict[str, Model], on_progress: OnProgress) -> list[VqaRow]:
-    """Train and score one head per model, and the question-only one second."""
-    reads = HEADS[config.head].reads
-    encoded = [
-        image_features(
-            list(models.values()), split.image, split.num_images, reads=reads, batch=config.encode_batch, on_progress=on_progress, stage=f"encode {split.name}"
-        )
-        for split in (task.train, task.evaluated)
+def _trained_rows(config: VqaConfig, task: VqaTask, subject: Subject, on_progress: OnProgress) -> list[VqaRow]:
+    """Train and score a head for each row and seed, those of a row behind each other; finished ones are read."""
+    names = ROWS if config.controls else ROWS[:1]
+    rows = [row_of(name, seed, config, task, _identity(name, seed, subject)) for name in names for seed in config.seeds]
+    answered = {row: found for row in rows if (found := kept_answers(row, config.out)) is not None}
+    missing = [row for row in rows if row not in answered]
+    sights = {} if config.tuned or not missing else frozen_sights(config, task, subject, list(dict.fromkeys(map(_twin, missing))), on_progress)
+    for row in missing:
+        sight = sights[_twin(row)] if sights else tuned_sight(config, task, subject, _twin(row))
+        answered[row] = _answered(row, config, task, sight, subject.device, on_progress)
+        keep_answers(row, config.out, answered[row])
+    return [
+        VqaRow(row.name, row.seed, tuple(a["answers"]), task.score(a["answers"]) if task.evaluated.answered else None, a["head"], a["seconds"])
+        for row in rows
+        for a in (answered[row],)
     ]
-    rows = []
-    for name, model, train_NTW, evaluated_NTW in zip(models, models.values(), *encoded, strict=True):
-        rows.append(_scored_row(name, config, task, model, train_NTW, evaluated_NTW, on_progress))
-        if name == "model" and config.controls:
-            rows.append(_scored_row("question-only", config, task, model, without_image(train_NTW), without_image(evaluated_NTW), on_progress))
-    return rows
 
 
-def _scored_row(name: str, config: VqaConfig, task: _Task, model: Model, train_NTW: np.ndarray, evaluated_NTW: np.ndarray, on_progress: OnProgress) -> VqaRow:
+def _identity(name: str, seed: int, subject: Subject) -> dict[str, Any]:
+    return subject.untrained(seed) if name == "untrained" else subject.identity
+
+
+def _twin(row: Row) -> int | None:
+    """Return the seed of the untrained weights that a row sees through, None for the subject's own."""
+    return row.seed if row.name == "untrained" else None
+
+
+def _answered(row: Row, config: VqaConfig, task: VqaTask, sight: Sight, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
+    """Train a row's head and answer the evaluated questions; returns what is kept of it."""
     started = time.perf_counter()
-    questions = task.evaluated.questions
-    states, words = _words(config, task, model)
-    head = _fresh_head(config, task, train_NTW.shape[2], states)
-    train_rows = pack_questions([words[q.question] for q in task.asked], [q.images[0] for q in task.asked])
-    loss = fit_head(head, train_NTW, train_rows, task.targets, config, model.device, on_progress=on_progress, stage=f"head: {name}")
-    rows = pack_questions([words[q.question] for q in questions], [q.images[0] for q in questions])
-    answers = [task.vocabulary.spellings[i] for i in answer_questions(head, evaluated_NTW, rows, model.device)]
-    record = {"name": config.head, "parameters": head_parameters(head), "loss": loss}
-    return VqaRow(name, *_scored(name, config.seed, task, answers, config), record, time.perf_counter() - started)
+    blind = row.name == "question-only"
+    train, evaluated = (without_image(images) if blind else images for images in (sight.train, sight.evaluated))
+    states, words = _words(config, task, sight)
+    head = _fresh_head(config, task, train.width, states, row.seed)
+    parts = nn.ModuleDict({"head": head} if sight.tower is None or blind else {"head": head, "tower": sight.tower})
 
+    def lessons(asked: Asked) -> Lessons:
+        return Lessons(train, _packed(asked.questions, words), asked.targets)
 
-def _words(config: VqaConfig, task: _Task, model: Model) -> tuple[torch.Tensor | None, dict[str, Sequence[int]]]:
-    """Return the word ids of every question text and, in the protocol of the model's own text tower, the states that they stand for."""
-    texts = [q.question for q in (*task.asked, *task.evaluated.questions)]
-    if config.question_encoder == "scratch":
-        return None, {text: [task.words.get(word, UNKNOWN) for word in split_words(text)] for text in texts}
-    states, rows = question_states(model, texts, config.encode_batch)
-    return states, {text: range(START + 1 + r.start, START + 1 + r.stop) for text, r in rows.items()}
-
-
-def _fresh_head(config: VqaConfig, task: _Task, image_width: int, states: torch.Tensor | None) -> nn.Module:
-    """Draw a head's weights from the seed and leave the global random state as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build_head(config, image_width, len(task.vocabulary), num_words=len(task.words), states=states)
-
-
-def _scored(name: str, seed: int | None, task: _Task, answers: Sequence[str], config: VqaConfig) -> tuple[dict[str, Any], Run]:
-    """Return the official accuracies of a row's answers, and each answer with its score."""
-    questions = task.evaluated.questions
-    predictions = [{"question_id": q.question_id, "answer": a} for q, a in zip(questions, answers, strict=True)]
-    scores = vqa_scores(predictions, (q.annotation() for q in questions), version=config.metric_version)
-    return dict(scores["accuracy"]), Run(name, seed, np.array([scores["evalQA"][q.question_id] for q in questions]), answers)
-
-
-def _outcomes(task: _Task, rows: Sequence[VqaRow]) -> Outcomes:
-    questions = task.evaluated.questions
-    columns = ([str(q.question_id) for q in questions], [" ".join(map(str, q.images)) for q in questions], [q.question_type for q in questions])
-    return Outcomes(*columns, tuple(row.run for row in rows))
-
-
-def _flat(accuracy: dict[str, Any]) -> dict[str, float]:
-    """Put the overall accuracy and those of the question types side by side: the columns of a table."""
-    return {"overall": accuracy["overall"], **accuracy["perQuestionType"]}
-
-
-def _data_record(task: _Task) -> dict[str, Any]:
-    """Say which questions these were, and how far the answer vocabulary reaches."""
-    answerable = sum(bool(soft_target(q, task.vocabulary)) for q in task.evaluated.questions)
+    held = None if task.held is None else lessons(task.held)
+    fitted = fit_head(
+        parts,
+        lessons(task.trained),
+        config,
+        row.seed,
+        device,
+        held=held,
+        kept=checkpoint_of(row, config.out),
+        on_progress=on_progress,
+        stage=f"{row.name}, seed {row.seed}",
+    )
+    numbers = answer_questions(parts, evaluated, _packed(task.evaluated.questions, words), device)
     return {
-        "train": {**_split_record(task.train), "dropped": len(task.train.questions) - len(task.asked)},
-        "evaluated": {**_split_record(task.evaluated), "answerable": answerable, "coverage": round(100 * answerable / len(task.evaluated.questions), 2)},
-        "vocabulary": {"answers": len(task.vocabulary), "words": len(task.words), "digest": digest_of(list(task.vocabulary.labels))},
+        "answers": [task.vocabulary.spellings[i] for i in numbers],
+        "head": {"name": config.head, "parameters": head_parameters(head), "tuned": _tuned(parts), **fitted},
+        "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-def _split_record(split: VqaSplit) -> dict[str, Any]:
-    annotations = [[q.question, q.annotation()] for q in split.questions]
-    return {"name": split.name, "num_images": split.num_images, "num_questions": len(split.questions), "digest": digest_of(annotations)}
+def _tuned(parts: nn.ModuleDict) -> int:
+    """Count the parameters that were trained beside the head's."""
+    return sum(p.numel() for p in parts["tower"].parameters() if p.requires_grad) if "tower" in parts else 0
+
+
+def _packed(questions: Sequence[VqaQuestion], words: dict[str, Sequence[int]]) -> QuestionRows:
+    return pack_questions([words[q.question] for q in questions], [q.images for q in questions])
+
+
+def _words(config: VqaConfig, task: VqaTask, sight: Sight) -> tuple[torch.Tensor | None, dict[str, Sequence[int]]]:
+    """Return the word ids of every question text and, in the protocol of the model's own text tower, the states that they stand for."""
+    texts = [q.question for q in (*task.train.questions, *task.evaluated.questions)]
+    if config.question_encoder == "scratch" or sight.model is None:
+        return None, {text: [task.words.get(word, UNKNOWN) for word in split_words(text)] for text in texts}
+    states, rows = question_states(sight.model, texts, config.encode_batch)
+    return states, {text: range(START + 1 + r.start, START + 1 + r.stop) for text, r in rows.items()}
+
+
+def _fresh_head(config: VqaConfig, task: VqaTask, image_width: int, states: torch.Tensor | None, seed: int) -> nn.Module:
+    """Draw a head's weights from the seed and leave the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_head(config, image_width, len(task.vocabulary), num_words=len(task.words), states=states, num_images=task.num_images)
+
+
+def _outcomes(task: VqaTask, rows: Sequence[VqaRow]) -> Outcomes | None:
+    """Put every answer beside its score, of the questions that count; None where nothing is scored."""
+    if not task.evaluated.answered:
+        return None
+    runs, counted = [], np.zeros(0, bool)
+    for row in rows:
+        assert row.scores is not None
+        score_N = np.array([row.scores.per_question.get(q.question_id, np.nan) for q in task.evaluated.questions])
+        counted = ~np.isnan(score_N)
+        answers = [answer for answer, counts in zip(row.answers, counted, strict=True) if counts]
+        runs.append(Run(row.name, row.seed, score_N[counted], answers))
+    items = [q for q, counts in zip(task.evaluated.questions, counted, strict=True) if counts]
+    columns = ([str(q.question_id) for q in items], [" ".join(map(str, q.images)) for q in items], [q.question_type for q in items])
+    return Outcomes(*columns, tuple(runs))
+
+
+def _row_record(row: VqaRow, task: VqaTask) -> dict[str, Any]:
+    """Put the quoted score and those of the question types side by side, the columns of a table, and the metric's official fields behind."""
+    record: dict[str, Any] = {"row": row.name, "seed": row.seed, "head": row.head}
+    if row.scores is None:
+        return {**record, "scores": {}}
+    return {**record, "scores": flat_scores(row.scores, task), "aggregate": row.scores.aggregate, "groups": row.scores.groups}
+
+
+def flat_scores(scores: Scores, task: VqaTask) -> dict[str, float]:
+    """Return the score to quote as `overall`, and that of each question type."""
+    counted = [(q.question_type, scores.per_question[q.question_id] / 100) for q in task.evaluated.questions if q.question_id in scores.per_question]
+    of_type = {kind: rounded_percent(score for k, score in counted if k == kind) for kind in dict.fromkeys(kind for kind, _ in counted)}
+    return {"overall": scores.overall, **scores.groups.get("perQuestionType", of_type)}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kdstore.data.folder import PREFIX as IMAGES_ALONE
 from kdstore.data.images import DECODING
 from kdstore.data.source import Source
 from kdstore.data.sources import open_source
@@ -102,7 +103,8 @@ def prepare(
     else:
         source_rows = ((source.key(i), source.captions(i)) for i in range(len(source)))
         plan = Plan.freeze(source_rows, unit_rows=config.unit_rows, folder=present_folder(store_path(config)))
-    if plan.num_texts == 0 and (parent is None or config.tokens in ("text", "both")):
+    needs_texts = config.tokens in ("text", "both") or not (parent or source.spec.startswith(IMAGES_ALONE))
+    if plan.num_texts == 0 and needs_texts:
         raise SourceError(f"{source.spec} has no caption.", "Name the caption column, or give other data.")
     on_progress("plan", len(source), len(source), source.spec)
     arrays, out = tuple(planned_arrays(config, model, plan)), store_path(config)

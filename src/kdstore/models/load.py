@@ -91,19 +91,21 @@ def load_model(
     compile: bool = False,
     channels_last: bool = False,
     changed: dict[str, Any] | None = None,
+    image_size: int | None = None,
 ) -> Model:
     """Load a model by name (see `names.resolve`); `untrained` draws random weights from `seed` instead, and then no weights may be named.
 
     `changed` replaces entries of an untrained model's config, such as `embed_dim`; its tokenizer stays that of the name.
+    `image_size` makes it read images of other pixels than it was trained on, its positions interpolated.
     `compile` compiles its towers at the first batch; `channels_last` lays images and convolutions out so. Both are a matter of speed.
 
-    Raises UnknownName and ModelError as `resolve` does, and ModelError where weights cannot be found or do not fit.
+    Raises UnknownName and ModelError as `resolve` does, and ModelError where weights cannot be found or do not fit, or the architecture has one image size.
     """
     resolved = resolve(name, pretrained, untrained=untrained)
     target = pick_device(device)
     if precision not in DTYPES:
         raise ConfigError(f"Unknown precision '{precision}'.", f"Known: {', '.join(DTYPES)}.")
-    clip, config, tokenizer = _build(resolved, untrained, seed, changed or {})
+    clip, config, tokenizer = _build(resolved, untrained, seed, changed or {}, image_size)
     # Built from the config alone, so that what was hashed is what runs.
     preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
     clip.eval()
@@ -128,19 +130,24 @@ def pick_device(device: str) -> torch.device:
 
 
 def _build(
-    resolved: ModelName, untrained: bool, seed: int, changed: dict[str, Any]
+    resolved: ModelName, untrained: bool, seed: int, changed: dict[str, Any], image_size: int | None
 ) -> tuple[torch.nn.Module, dict[str, Any], Callable[[list[str]], torch.Tensor]]:
     if untrained:
         torch.manual_seed(seed)
-    options = {"load_weights": False, "pretrained_text": False} if untrained else {"require_pretrained": True}
+    options: dict[str, Any] = {"load_weights": False, "pretrained_text": False} if untrained else {"require_pretrained": True}
     custom_text = bool(changed.get("custom_text"))  # open_clip takes it out of the config before it lets entries be replaced
     replaced = {name: value for name, value in changed.items() if name != "custom_text"}
+    if image_size is not None:
+        options["force_image_size"] = image_size
     try:
         with quiet():
             model_config = open_clip.get_model_config(resolved.open_clip_name)
             _refuse_ragged(model_config, resolved)
             tokenizer = open_clip.get_tokenizer(resolved.open_clip_name)
             clip = open_clip.create_model(resolved.open_clip_name, pretrained=resolved.pretrained, force_custom_text=custom_text, **options, **replaced)
+            if image_size is not None:
+                model_config = {**model_config, "vision_cfg": {**model_config["vision_cfg"], "image_size": image_size}}
+                _check_size(clip, resolved, image_size)
     except KdstoreError:
         raise
     except ModuleNotFoundError as e:
@@ -155,6 +162,15 @@ def _refuse_ragged(model_config: dict[str, Any], resolved: ModelName) -> None:
     if "naflex" in trunk:
         found = f"{resolved.name} has a NaFlex image tower ({trunk}): as many tokens as an image asks for, and rows of a store are of one size."
         raise ModelError(found, "Take a model of one image size, such as ViT-B-16-SigLIP2.")
+
+
+def _check_size(clip: Any, resolved: ModelName, image_size: int) -> None:
+    """Refuse a tower whose positions are not made for images of this size, which only a forward pass tells of all families."""
+    try:
+        with torch.inference_mode():
+            clip.eval().visual(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise ModelError(f"{resolved.name} cannot read images of {image_size} pixels: {_first_line(e)}", "Leave --image-size out.") from e
 
 
 def _first_line(error: Exception) -> str:

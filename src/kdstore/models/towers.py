@@ -87,6 +87,26 @@ def text_token_form(clip: Any, layer: str, ids_1L: torch.Tensor) -> TokenForm:
     return TokenForm((hidden_1LW.shape[1], hidden_1LW.shape[2]), place)
 
 
+def train_last_blocks(clip: Any, count: int | None) -> list[torch.nn.Module]:
+    """Freeze the image tower but for its last `count` blocks and what comes behind them (None: nothing is frozen); returns the modules that are trained.
+
+    Behind a block is what its tower registers after it, which in all families is the order of the forward pass, and the projection of the embedding.
+    Raises ModelError for a tower of fewer blocks, or of which none are known.
+    """
+    visual = clip.visual
+    if count is None:
+        return [visual.requires_grad_(True)]
+    blocks = _tower(visual).blocks(visual)
+    if count > len(blocks):
+        raise ModelError(f"The image tower has {len(blocks)} blocks that can be trained apart, but the last {count} were asked for.", "Train fewer, or all.")
+    named = dict(visual.named_parameters())
+    first = next(blocks[-count].parameters())
+    start = next(i for i, p in enumerate(named.values()) if p is first)
+    for i, (name, p) in enumerate(named.items()):
+        p.requires_grad_(i >= start or name == "proj")
+    return blocks[-count:]
+
+
 def block_of(layer: str) -> int | None:
     """Turn a layer's name into what the functions above take: None for `last`, else a block's number, from the end if negative."""
     return None if layer == "last" else -1 if layer == "last-before-norm" else int(layer)
@@ -164,6 +184,18 @@ def _timm_prefix(trunk: Any) -> int:
     return int(getattr(trunk, "num_prefix_tokens", 0))
 
 
+def _stages(resnet: Any) -> list[torch.nn.Module]:
+    return [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
+
+
+def _timm_blocks(trunk: Any) -> list[torch.nn.Module]:
+    """Find what timm calls blocks, stages or layers: a list by one of these names, or the four layers of a ResNet."""
+    for name in ("blocks", "stages", "layers"):
+        if isinstance(found := getattr(trunk, name, None), torch.nn.ModuleList | torch.nn.Sequential):
+            return list(found)
+    return _stages(trunk) if hasattr(trunk, "layer4") else []
+
+
 def _timm_form(visual: Any, image_1CHW: torch.Tensor) -> tuple[int, str]:
     """Count the blocks, and name what changes the last one's output before it is pooled: found by looking, since trunks carry norms that do nothing."""
     features, blocks = visual.trunk.forward_intermediates(image_1CHW, output_fmt="NCHW")
@@ -176,15 +208,21 @@ def _timm_form(visual: Any, image_1CHW: torch.Tensor) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class _Tower:
-    """How one class of image towers gives tokens: `form` counts blocks and names what follows the last, `prefix` counts tokens that are no patches."""
+    """How one class of image towers gives tokens: `form` counts blocks and names what follows the last, `prefix` counts tokens that are no patches.
+
+    `blocks` are the modules of which the last ones can be trained apart from the rest, in the order of the forward pass.
+    """
 
     tokens: Callable[[Any, torch.Tensor, int | None], tuple[torch.Tensor, torch.Tensor]]
     form: Callable[[Any, torch.Tensor], tuple[int, str]]
     prefix: Callable[[Any], int]
+    blocks: Callable[[Any], list[torch.nn.Module]]
 
 
 TOWERS: dict[type, _Tower] = {
-    VisionTransformer: _Tower(_vit_tokens, lambda visual, _: (len(visual.transformer.resblocks), _vit_final(visual)), lambda _: 1),
-    ModifiedResNet: _Tower(_resnet_tokens, lambda *_: (RESNET_STAGES, "none"), lambda _: 0),
-    TimmModel: _Tower(_timm_tokens, _timm_form, lambda visual: _timm_prefix(visual.trunk)),
+    VisionTransformer: _Tower(
+        _vit_tokens, lambda visual, _: (len(visual.transformer.resblocks), _vit_final(visual)), lambda _: 1, lambda visual: list(visual.transformer.resblocks)
+    ),
+    ModifiedResNet: _Tower(_resnet_tokens, lambda *_: (RESNET_STAGES, "none"), lambda _: 0, lambda visual: _stages(visual)),
+    TimmModel: _Tower(_timm_tokens, _timm_form, lambda visual: _timm_prefix(visual.trunk), lambda visual: _timm_blocks(visual.trunk)),
 }

@@ -185,14 +185,14 @@ def _also_by_content(join: Join, ours: npt.NDArray[np.uint8], theirs: npt.NDArra
 
 
 def _digests_of(store: Store, source: Source, on_progress: OnProgress) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    return _as_digests(store.index("image", "sha256").to_pylist()), _source_digests(source, on_progress)
+    return as_digests(store.index("image", "sha256").to_pylist()), _source_digests(source, on_progress)
 
 
 def _source_digests(source: Source, on_progress: OnProgress) -> npt.NDArray[np.uint8]:
     """Return the sha256 [S, 32] of every encoded image, zeros where there are no bytes; reading and decoding run on all of dask's workers."""
 
     def read(start: int, stop: int) -> npt.NDArray[np.uint8]:
-        return _as_digests([_sha256(source, i) for i in range(start, stop)])
+        return as_digests([_sha256(source, i) for i in range(start, stop)])
 
     digests = np.zeros((len(source), 32), np.uint8)
     starts = range(0, len(source), _READ_ROWS)
@@ -210,7 +210,7 @@ def _sha256(source: Source, i: int) -> str:
         return e.sha256
 
 
-def _as_digests(hexes: Sequence[str]) -> npt.NDArray[np.uint8]:
+def as_digests(hexes: Sequence[str]) -> npt.NDArray[np.uint8]:
     """Decode sha256 in hex to [rows, 32], '' to zeros."""
     return np.frombuffer(b"".join(bytes.fromhex(text).ljust(32, b"\0") for text in hexes), np.uint8).reshape(-1, 32)
 
