@@ -1,7 +1,9 @@
 """Evaluation: what a model's frozen features are worth in visual question answering and in retrieval."""
 
 from kdstore.metrics.answers import METRICS, predictions_of, score_answers
+from kdstore.metrics.gqa import gqa_grounding
 from kdstore.metrics.scores import Scores
+from kdstore.metrics.textvqa import anls
 from kdstore.metrics.vqa import vqa_accuracy
 
-__all__ = ["METRICS", "Scores", "predictions_of", "score_answers", "vqa_accuracy"]
+__all__ = ["METRICS", "Scores", "anls", "gqa_grounding", "predictions_of", "score_answers", "vqa_accuracy"]

@@ -9,10 +9,17 @@
 
 | metric | versions (default first) | `extra` |
 | --- | --- | --- |
-| `vqa` (VQA v2, OK-VQA) | `2021`, `2016`, `m4c` | |
-| `exact` (DAQUAR, easy-VQA, scenes) | `official` | |
+| `vqa` (VQA v1, VQA v2, OK-VQA) | `2021`, `2016`, `m4c` | `multiple_choices`, for multiple-choice tasks alone |
+| `textvqa`, `stvqa` | `official` | |
+| `anls` | `inclusive`, `strict`, `m4c` | |
+| `vizwiz` | `curly`, `straight` | |
+| `vizwiz-answerability` | `official` | `answerable` (0 or 1); a prediction is a number, 1 for answerable |
+| `aokvqa-direct` | `official` | `difficult_direct_answer` |
+| `aokvqa-choice` | `official` | `choices`, `correct_choice_idx` |
+| `gqa` | `official` | `isBalanced`, `types`, `groups`, `entailed`, `semantic`; `choices` (`valid`, `plausible`) where there is one |
 | `clevr` | `official` | `question_family_index` |
 | `nlvr2` | `official` | `identifier` |
+| `exact` (DAQUAR, easy-VQA and the like) | `official` | |
 
 `predictions` maps question ids to answers (`predictions_of` reads official result records: of a repeated id the last wins). There must be one for
 each question and none besides. A version is one of the behaviours that circulate under a metric's name; a score without it means nothing, so it is in
@@ -27,8 +34,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdstore.errors import EvaluationError, UnknownName
+from kdstore.metrics.aokvqa import score_aokvqa_choice, score_aokvqa_direct
 from kdstore.metrics.exact import score_clevr, score_exact, score_nlvr2
+from kdstore.metrics.gqa import score_gqa
 from kdstore.metrics.scores import Question, QuestionId, Scores, by_id, check_same_ids, field_of
+from kdstore.metrics.textvqa import ANLS_VERSIONS, score_anls, score_stvqa, score_textvqa
+from kdstore.metrics.vizwiz import VIZWIZ_VERSIONS, score_vizwiz, score_vizwiz_answerability
 from kdstore.metrics.vqa import VERSIONS, score_vqa
 
 
@@ -81,8 +92,16 @@ def _check_prediction(question_id: QuestionId, prediction: object, expected: typ
 
 METRICS: dict[str, Metric] = {
     "vqa": Metric(score_vqa, tuple(VERSIONS)),
-    "exact": Metric(score_exact),
+    "textvqa": Metric(score_textvqa),
+    "stvqa": Metric(score_stvqa),
+    "anls": Metric(score_anls, ANLS_VERSIONS),
+    "vizwiz": Metric(score_vizwiz, VIZWIZ_VERSIONS),
+    "vizwiz-answerability": Metric(score_vizwiz_answerability, predicts=float),
+    "aokvqa-direct": Metric(score_aokvqa_direct),
+    "aokvqa-choice": Metric(score_aokvqa_choice),
+    "gqa": Metric(score_gqa),
     "clevr": Metric(score_clevr),
     "nlvr2": Metric(score_nlvr2),
+    "exact": Metric(score_exact),
 }
 """Name -> metric."""

@@ -109,6 +109,14 @@ def check_same_ids(predictions: Mapping[QuestionId, Any], question_of: Mapping[Q
         )
 
 
+def check_choice(question_id: QuestionId, prediction: str, choices: Sequence[str]) -> None:
+    """Raise EvaluationError unless a multiple-choice question is answered by one of its choices."""
+    if prediction not in choices:
+        raise EvaluationError(
+            f"The prediction for question {question_id} is {prediction!r}, none of its choices {', '.join(choices)}.", "Answer with one of the choices."
+        )
+
+
 def field_of(record: Mapping[str, Any], name: str, what: str) -> Any:
     """Return a field; raises EvaluationError that names the fields there are."""
     if name not in record:

@@ -9,8 +9,6 @@ Two behaviours of the official evaluator are in circulation, so a score means no
 The quirks are the definition: the period rule, its limit of 32 and the odd contractions stay as published. Two things differ on purpose:
 the inputs are never changed (the published code edits the annotations, so a second call may give another score), and "the other
 annotators" are found by position, which is the published result whenever answer ids are unique.
-
-Multiple-choice tasks are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from importlib.resources import files
 from typing import Any
 
 from kdstore.errors import EvaluationError, UnknownName
-from kdstore.metrics.scores import Question, QuestionId, Scores, answer_text, by_id, check_same_ids, field_of, rounded_percent, scores_of
+from kdstore.metrics.scores import Question, QuestionId, Scores, answer_text, by_id, check_choice, check_same_ids, field_of, rounded_percent, scores_of
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
@@ -95,7 +93,14 @@ def vqa_scores(
 
 
 def score_vqa(question_of: Mapping[QuestionId, Question], predictions: Mapping[QuestionId, str], version: str) -> Scores:
-    """Score as the official evaluator of VQA v1, VQA v2 and OK-VQA: `overall`, `perQuestionType`, `perAnswerType`, rounded to two decimals."""
+    """Score as the official evaluator of VQA v1, VQA v2 and OK-VQA: `overall`, `perQuestionType`, `perAnswerType`, rounded to two decimals.
+
+    A question with `multiple_choices` among its extra fields must be answered by one of them.
+    """
+    for question_id, question in question_of.items():
+        choices = (question.get("extra") or {}).get("multiple_choices")
+        if choices is not None:
+            check_choice(question_id, predictions[question_id], choices)
     breakdowns = {
         name: {question_id: field_of(question, of, "question") for question_id, question in question_of.items()}
         for name, of in (("perQuestionType", "question_type"), ("perAnswerType", "answer_type"))
@@ -129,8 +134,13 @@ def remove_punctuation(text: str) -> str:
 @functools.lru_cache(maxsize=1 << 18)
 def normalize_answer(text: str) -> str:
     """Apply both published passes: punctuation, then lower case, number words, articles and contractions."""
+    return " ".join(CONTRACTIONS.get(word, word) for word in words_of(text))
+
+
+def words_of(text: str) -> list[str]:
+    """Apply both passes but for the contractions, which come last and word by word."""
     numbers = (NUMBERS.get(word, word) for word in remove_punctuation(text).lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in numbers if word not in ARTICLES)
+    return [word for word in numbers if word not in ARTICLES]
 
 
 def clean_answer(text: str) -> str:
@@ -168,7 +178,11 @@ def _fraction(prediction: str, answers: Sequence[Answer], compared: Callable[[st
     if not texts:
         raise EvaluationError("There is no human answer to compare with.", "Give the answers of all annotators.")
     given, wanted = compared(answer_text(prediction), texts)
-    hits = [given == answer for answer in wanted]
+    return left_out_accuracy([given == answer for answer in wanted])
+
+
+def left_out_accuracy(hits: Sequence[bool]) -> float:
+    """Return the accuracy of a prediction that agrees with annotator i where `hits[i]`, 0 to 1: min(1, matches among the others / 3), averaged."""
     num_hits = sum(hits)
     # Summed in the annotators' order, as published: another order may round to another last digit.
     return float(sum(min(1.0, (num_hits - hit) / 3) for hit in hits)) / len(hits)

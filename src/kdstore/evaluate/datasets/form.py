@@ -30,6 +30,7 @@ class VqaQuestion:
         """Return the official annotation record, and `extra`, as the functions of METRICS take it."""
         return {
             "question_id": self.question_id,
+            "question": self.question,
             "question_type": self.question_type,
             "answer_type": self.answer_type,
             "answers": list(self.answers),
