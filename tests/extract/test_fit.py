@@ -10,6 +10,7 @@ from kdstore.distill.targets import StoreTargets
 from kdstore.errors import ConfigError, IdentityMismatch, ModelError, SourceError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.fit import encoded
+from kdstore.extract.job import prepare
 from kdstore.extract.recompute import recompute
 from kdstore.extract.run import extract
 from kdstore.extract.units import BAD_VALUES
@@ -193,10 +194,23 @@ def test_texts_that_have_no_features_end_a_run_as_images_do(tmp_path):
         model.clip.text_projection.fill_(float("nan"))
     torch.save(model.clip.state_dict(), tmp_path / "nan.pt")
     settings = {"pretrained": str(tmp_path / "nan.pt"), "untrained_seed": None, "bad_values": "invalid"}
-    for changes in ({}, {"max_invalid": 1.0}, {"part": "1/1"}):
+    for changes in ({"workers": 1}, {}, {"max_invalid": 1.0}, {"part": "1/1"}):
         with pytest.raises(SourceError, match=r"of the first [0-9]+ texts are not valid"):
             extract(config(tmp_path / "s", **settings, **changes))
-    assert not (tmp_path / "s" / "manifest.json").exists()
+        assert "max_invalid" in changes or "part" in changes or not list((tmp_path / "s" / "_build" / "units").glob("text*"))
+
+
+def test_texts_that_were_not_valid_in_an_earlier_run_count_in_the_next(tmp_path):
+    job = prepare(config(tmp_path / "s"), lambda notice: None)
+    with job.open_writer() as writer:
+        unit = next(unit for unit in writer.pending() if unit.side == "text")
+        with writer.attempt(unit) as attempt:
+            spec = next(spec for spec in job.arrays if spec.name == "text/embedding")
+            attempt.append(spec.name, np.full((len(unit), *spec.shape[1:]), np.nan, spec.dtype))
+            attempt.index([{"valid": 0}] * len(unit))
+        assert writer.recorded("text") == (len(unit), len(unit))
+    with pytest.raises(SourceError, match="32 of the first 64 texts are not valid"):
+        extract(config(tmp_path / "s"))
 
 
 def test_equal_captions_are_on_one_side_of_what_a_codec_is_fitted_and_measured_on(tmp_path):

@@ -71,8 +71,8 @@ def extract_on_cluster(
                     queue.try_again(unit, outcome)
                 else:
                     crew.succeeded(outcome.worker)
+                    on_unit(unit, outcome.done)  # before the record: what it refuses is computed again
                     writer.commit(Path(outcome.folder), outcome.record)
-                    on_unit(unit, outcome.done)
     return queue.failed
 
 

@@ -82,10 +82,11 @@ class _Run:
         self._guards: dict[str, Guard] = {}
         self.begin([])
 
-    def begin(self, units: list[Unit], images: tuple[int, int] = (0, 0), texts: int = 0) -> None:
-        """Say what is to be done, how many images were recorded before and were valid, and how many texts, which are taken for valid."""
+    def begin(self, units: list[Unit], writer: StoreWriter | None = None) -> None:
+        """Say what is to be done; what the writer has recorded before counts where it is decided whether too much is not valid."""
         self._totals: dict[str, int] = {side: sum(len(unit) for unit in units if unit.side == side) for side in SIDES}
-        for side, seen, invalid in (("image", images[0], images[0] - images[1]), ("text", texts, 0)):
+        for side in SIDES:
+            seen, invalid = writer.recorded(side) if writer and units else (0, 0)
             self._guards[side] = Guard(side, self.job.config.max_invalid, seen + self._totals[side], seen, invalid)
 
     def write(self, attempt: Attempt, unit: Unit) -> None:
@@ -134,7 +135,7 @@ class _Run:
         }
         return account, rates
 
-    def result(self, digest: str | None, size: int, rates: Rates | None) -> ExtractResult:
+    def result(self, digest: str | None, size: int, rates: Rates | None, invalid_images: int) -> ExtractResult:
         images, seconds = self.done["image"].images, time.perf_counter() - self.started
         return ExtractResult(
             path=str(self.job.out),
@@ -142,7 +143,7 @@ class _Run:
             teacher=self.job.extractor.model.identity["teacher"]["name"],
             images=self.job.plan.num_images,
             texts=self.job.plan.num_texts,
-            invalid_images=self.invalid,
+            invalid_images=invalid_images,
             written_images=images,
             written_texts=self.done["text"].texts,
             bytes=size,
@@ -183,7 +184,7 @@ def _extract_all(run: _Run) -> ExtractResult:
         check = check_teacher(job.extractor, job.source, job.config.batch) if pending and job.worth_a_check else None
         if check is not None and check["warning"]:
             run.say(check["warning"], "warning")
-        run.begin(pending, writer.recorded_images(), job.plan.num_texts - sum(len(unit) for unit in pending if unit.side == "text"))
+        run.begin(pending, writer)
         if pending and (job.config.workers or job.config.scheduler):
             _on_cluster(run, writer, pending)
         else:
@@ -193,13 +194,14 @@ def _extract_all(run: _Run) -> ExtractResult:
         account, rates = run.account()
         digest = writer.finalise({**account, "recall_check": check, "resumed": len(pending) < len(job.plan.units)})
     store = open_store(job.out)
-    if run.invalid:
-        run.say(f"{run.invalid} of {job.plan.num_images} images are not valid; the store's index says why.", "warning")
-    if texts := run.done["text"].invalid:
+    images, texts = (int((~valid).sum()) for valid in (store.image_valid, store.text_valid))
+    if images:
+        run.say(f"{images} of {job.plan.num_images} images are not valid; the store's index says why.", "warning")
+    if texts:
         run.say(f"{texts} texts are not valid: {BAD_VALUES}.", "warning")
     if repeated := _repeated_content(store, job.plan):
         run.say(f"{repeated} of {job.plan.num_images} images have the content of another under another key.")
-    return run.result(digest, store.num_bytes, rates)
+    return run.result(digest, store.num_bytes, rates, images)
 
 
 def _on_cluster(run: _Run, writer: StoreWriter, pending: list[Unit]) -> None:
@@ -245,10 +247,10 @@ def _extract_part(run: _Run, number: int, count: int) -> ExtractResult:
     if sealed:
         store = open_store(job.out)
         run.say(f"{job.out} is complete; nothing is left to do for part {number} of {count}.")
-        return run.result(store.digest, store.num_bytes, rates)
+        return run.result(store.digest, store.num_bytes, rates, run.invalid)
     leave_account(job.out, f"part-{number:05d}-of-{count:05d}", account)
     run.say(f"Part {number} of {count} has ended. When all have: kdstore store finalise {job.out}")
-    return run.result(None, 0, rates)
+    return run.result(None, 0, rates, run.invalid)
 
 
 def _wait_for_writer(job: Job, on_progress: OnProgress) -> StoreWriter:

@@ -100,7 +100,7 @@ class Attempt:
         path = index_path(self._unit)
         self._note(path, write_file(staged_path(self.folder, path), parquet_bytes(table)), self._unit.start, self._unit.stop)
         crcs = {name: np.concatenate(parts).tobytes().hex() for name, parts in self._crcs.items()}
-        return {"unit": self._unit.name, "files": self._files, "crcs": crcs}
+        return {"unit": self._unit.name, "valid": int(valid.sum()), "files": self._files, "crcs": crcs}
 
     def abandon(self) -> None:
         for _, shard in self._open.values():

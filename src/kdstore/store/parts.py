@@ -83,9 +83,9 @@ def finalise_store(path: str | Path, *, on_progress: OnProgress = silent) -> str
                 "Run the parts that did not end again, or the extract command without --part, which does the rest.",
             )
         accounts = [read_json(file) for file in sorted((writer.path / BUILD / PARTS / ACCOUNTS).glob("*.json"))]
-        images, valid = writer.recorded_images()
+        images, invalid = writer.recorded("image")
         run = {"source": accounts[0].get("source") if accounts else None, "images": images, "texts": writer.plan.num_texts}
-        return writer.finalise({**run, "invalid_images": images - valid, "parts": accounts})
+        return writer.finalise({**run, "invalid_images": invalid, "parts": accounts})
 
 
 def _parts_folder(path: Path) -> Path:

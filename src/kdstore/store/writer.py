@@ -20,14 +20,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from kdstore.errors import CannotWrite, DamagedStore, IdentityMismatch, IncompleteStore, KdstoreError, StoreError, StoreNotFound
 from kdstore.jsonfile import canonical_json, differing_fields, digest_of, disk_errors, fsync_folder, make_folders, read_json, write_bytes, write_json
 from kdstore.progress import OnProgress, silent
 from kdstore.store.attempt import ATTEMPTS, Attempt, open_attempt, staged_path
 from kdstore.store.codecfile import npy_bytes
-from kdstore.store.layout import BUILD, FORMAT, GROUP_METADATA, MANIFEST, OFFSETS, ArraySpec, index_path, scalar_array
+from kdstore.store.layout import BUILD, FORMAT, GROUP_METADATA, MANIFEST, OFFSETS, ArraySpec, scalar_array
 from kdstore.store.lock import Lock, take_lock
 from kdstore.store.manifest import read_manifest
 from kdstore.store.plan import SIDES, Plan, Unit
@@ -163,12 +162,12 @@ class StoreWriter:
         """Return the units without a record, in order."""
         return () if self.complete else tuple(unit for unit in self.plan.units if not self._record_path(unit).is_file())
 
-    def recorded_images(self) -> tuple[int, int]:
-        """Count the images of the units that are recorded, and those of them that are valid."""
+    def recorded(self, side: str) -> tuple[int, int]:
+        """Count the rows of one side in the recorded units of a store that is not complete yet, and those of them that are not valid."""
         pending = set(self.pending())
-        units = [unit for unit in self.plan.units if unit.side == "image" and unit not in pending]
-        valid = [pq.read_table(self.path / index_path(unit), columns=["valid"])["valid"].to_numpy().sum() for unit in units]
-        return sum(len(unit) for unit in units), int(sum(valid))
+        units = [unit for unit in self.plan.units if unit.side == side and unit not in pending]
+        rows = sum(len(unit) for unit in units)
+        return rows, rows - sum(read_json(self._record_path(unit))["valid"] for unit in units)
 
     @contextlib.contextmanager
     def attempt(self, unit: Unit) -> Iterator[Attempt]:
