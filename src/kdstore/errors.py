@@ -82,6 +82,10 @@ class IdentityMismatch(StoreError, ValueError):
     """The store at this path holds other features: choose another path."""
 
 
+class SignatureError(StoreError):
+    """A store is not signed by whom it should be: do not use it."""
+
+
 class StoreLocked(StoreError):
     """Another process is writing this store: wait for it."""
 

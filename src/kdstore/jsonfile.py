@@ -43,7 +43,7 @@ def differing_fields(there: Any, here: Any, named: tuple[str, str] = ("there", "
     first, second = flat_fields(there), flat_fields(here)
     fields = [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)]
     fields.sort(key=lambda name: (not name.startswith("identity"), name))
-    said = "; ".join(f"{name}: {named[0]} {first.get(name, 'nothing')}, {named[1]} {second.get(name, 'nothing')}" for name in fields[:at_most])
+    said = "; ".join(f"{name}: {named[0]} {first.get(name, 'nothing')[:200]}, {named[1]} {second.get(name, 'nothing')[:200]}" for name in fields[:at_most])
     return said + (f"; and {len(fields) - at_most} more" if len(fields) > at_most else "")
 
 

@@ -15,6 +15,7 @@ Recipe = Annotated[Path | None, typer.Option(help="TOML file with a table per st
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as key=value.", metavar="KEY=VALUE")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Data = Annotated[str | None, typer.Option(help="scenes[/SPLIT][:N], a folder with metadata, a table, or hf:ORG/NAME.")]
+SignedBy = Annotated[Path | None, typer.Option(metavar="FILE", help="Allowed signers, as of ssh-keygen: the store must be signed by one of them.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
 ModelOption = Annotated[str | None, typer.Option(help="A run folder, ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher.")]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdstore.cli.options import Data, Device, Json
+from kdstore.cli import publish
+from kdstore.cli.options import Data, Device, Json, SignedBy
 from kdstore.cli.screen import bars, in_bytes, say, show
 from kdstore.errors import ConfigError
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from kdstore.store import StoreDifference, StoreProgress
 
 store_app = typer.Typer(rich_markup_mode=None, help="Look at a feature store and check it.")
+store_app.command("sign")(publish.sign)
+store_app.command("withdraw")(publish.withdraw)
 
 
 @store_app.command("info")
@@ -85,18 +88,21 @@ def store_verify(
     pretrained: Annotated[str | None, typer.Option(help="Its tag or checkpoint file.")] = None,
     data: Data = None,
     device: Device = None,
+    signed_by: SignedBy = None,
     as_json: Json = False,
 ) -> None:
     """Check a store: its structure, then its bytes.
 
-    Exit code 0: whole; 1: damaged, every file and its rows are named (or its teacher says otherwise, --recompute); 2: cannot be read, or wrong options.
+    Exit code 0: whole; 1: damaged, every file and its rows are named (or its teacher says otherwise, --recompute; or it is not signed as asked, --signed-by);
+    2: cannot be read, or wrong options.
     """
-    from kdstore.errors import DamagedStore, KdstoreError
-    from kdstore.store import verify_store
+    from kdstore.errors import DamagedStore, KdstoreError, SignatureError
+    from kdstore.store import check_store_signature, verify_store
     from kdstore.store.layout import rows_said
 
     again = None
     try:
+        signer = None if signed_by is None else check_store_signature(path, signed_by)
         with bars() as on_progress:
             report = verify_store(path, sample=sample, seed=seed, on_progress=on_progress)
             if recompute and report.ok:
@@ -106,6 +112,9 @@ def store_verify(
                 again = extract_again.recompute(path, recompute, seed=seed, **origin, on_progress=on_progress)
     except DamagedStore as e:  # of the manifest, without which there is no list of files
         say(f"damaged: {str(e).removeprefix(f'{path}/')}")
+        raise typer.Exit(1) from e
+    except SignatureError as e:
+        say(f"not signed: {e}")
         raise typer.Exit(1) from e
     except KdstoreError as e:
         say(f"error: {e}")
@@ -122,8 +131,9 @@ def store_verify(
         share = 100 * report.read_bytes / max(1, report.num_bytes)
         read, sound = f", {share:.2g} % of the bytes read (--seed {report.seed})", "no damage in what was read"
     lines = [f"{path}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB{read}, {sound if report.ok else 'not whole'} ({report.digest})."]
+    lines += [f"signed by {signer}"] if signer else []
     lines += _recomputed(again) if again else []
-    show({**dataclasses.asdict(report), "recompute": again and dataclasses.asdict(again)}, as_json, text="\n".join(lines))
+    show({**dataclasses.asdict(report), "signed_by": signer, "recompute": again and dataclasses.asdict(again)}, as_json, text="\n".join(lines))
     if not report.ok or (again and not again.ok):
         raise typer.Exit(1 if report.damaged or again else 2)
 

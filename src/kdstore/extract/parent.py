@@ -25,12 +25,13 @@ class RowsOfStore:
         self._where = f"{source.spec}: the image '{{}}' is not the one that {parent.path} has features of."
 
     def find(self) -> None:
-        """Find the images in the source by fingerprint or key, before any is asked for; raises JoinError for those that it lacks."""
+        """Find the images in the source by fingerprint or key, before any is asked for; raises JoinError for those that it lacks, but for withdrawn ones."""
         places = self._places
-        if (places < 0).any():
-            missing = self._plan.keys.take(np.flatnonzero(places < 0)[:3]).to_pylist()
+        lacking = (places < 0) & ~np.isin(self._rows, self._parent.withdrawn)
+        if lacking.any():
+            missing = self._plan.keys.take(np.flatnonzero(lacking)[:3]).to_pylist()
             raise JoinError(
-                f"{self.spec} lacks {int((places < 0).sum())} of {len(places)} images of {self._parent.path}: {', '.join(missing)}.",
+                f"{self.spec} lacks {int(lacking.sum())} of {len(places)} images of {self._parent.path}: {', '.join(missing)}.",
                 "Name the data that it was made from with --data, or the keys that are there with --keys.",
             )
 
@@ -61,6 +62,8 @@ class RowsOfStore:
 
     def image(self, i: int) -> LoadedImage:
         """Decode image `i`; raises UndecodableImage, and JoinError for another image under its key."""
+        if self._places[i] < 0:
+            raise UndecodableImage("withdrawn")
         try:
             loaded = self._source.image(int(self._places[i]))
         except UndecodableImage as e:

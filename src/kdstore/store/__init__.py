@@ -20,10 +20,12 @@ from kdstore.store.plan import Plan, Unit, fingerprint_of
 from kdstore.store.reader import Store, open_store
 from kdstore.store.recode import Encoding, recode_store
 from kdstore.store.rows import Rows
+from kdstore.store.signing import check_signature, check_store_signature, sign_store
 from kdstore.store.stats import read_stats, sampled_covariance, store_stats
 from kdstore.store.subset import subset_store
 from kdstore.store.verify import Damage, VerifyReport, verify_store
 from kdstore.store.views import StoredViews, stored_views
+from kdstore.store.withdraw import Withdrawal, is_successor, withdraw_rows
 from kdstore.store.writer import Begun, StoreWriter, check_place, read_begun
 
 __all__ = [
@@ -52,7 +54,10 @@ __all__ = [
     "StoredViews",
     "Unit",
     "VerifyReport",
+    "Withdrawal",
     "check_place",
+    "check_signature",
+    "check_store_signature",
     "child_identity",
     "codec_files",
     "codec_identity",
@@ -64,6 +69,7 @@ __all__ = [
     "fit_chain",
     "gather_ahead",
     "index_rows",
+    "is_successor",
     "join_sources",
     "kept_codec",
     "leave_account",
@@ -80,6 +86,7 @@ __all__ = [
     "report_join",
     "sampled_covariance",
     "scalar_array",
+    "sign_store",
     "stage_unit",
     "staged_units",
     "store_progress",
@@ -90,4 +97,5 @@ __all__ = [
     "unlock_store",
     "verify_store",
     "view_array",
+    "withdraw_rows",
 ]

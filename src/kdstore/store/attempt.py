@@ -96,7 +96,7 @@ class Attempt:
         for name, nan in self._nan.items():
             if not nan[valid == 0].all():
                 raise ValueError(f"{name}: row {self._unit.start + int(np.argmax((valid == 0) & ~nan))} is not valid but not NaN")
-        table = _image_index(self._plan, self._unit, self._index, valid) if self._unit.side == "image" else _text_index(self._plan, self._unit)
+        table = image_index(self._plan, self._unit, self._index, valid) if self._unit.side == "image" else text_index(self._plan, self._unit)
         path = index_path(self._unit)
         self._note(path, write_file(staged_path(self.folder, path), parquet_bytes(table)), self._unit.start, self._unit.stop)
         crcs = {name: np.concatenate(parts).tobytes().hex() for name, parts in self._crcs.items()}
@@ -150,13 +150,13 @@ def staged_path(folder: Path, name: str) -> Path:
     return folder / name.replace("/", "+")
 
 
-def _image_index(plan: Plan, unit: Unit, rows: list[dict[str, Any]], valid: npt.NDArray[np.uint8]) -> pa.Table:
+def image_index(plan: Plan, unit: Unit, rows: list[dict[str, Any]], valid: npt.NDArray[np.uint8]) -> pa.Table:
     columns = {name: [row[name] for row in rows] for name in ("sha256", "reason", "width", "height")}
     numbers = np.arange(unit.start, unit.stop)
     return pa.table({"row": numbers, "key": plan.keys[unit.start : unit.stop], "valid": valid, **columns}, IMAGE_INDEX)
 
 
-def _text_index(plan: Plan, unit: Unit) -> pa.Table:
+def text_index(plan: Plan, unit: Unit) -> pa.Table:
     numbers = np.arange(unit.start, unit.stop)
     captions = plan.captions[unit.start : unit.stop]
     columns = {

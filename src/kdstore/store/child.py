@@ -26,7 +26,7 @@ from kdstore.store.manifest import Manifest, read_manifest
 from kdstore.store.plan import Plan, Side
 from kdstore.store.reader import Store, open_store
 
-OF_ROWS_AND_ARRAYS = ("source", "arrays", "lineage", "parent")  # parts of an identity in which a child may differ
+OF_ROWS_AND_ARRAYS = ("source", "arrays", "lineage", "parent", "withdrawn")  # parts of an identity in which a child may differ
 
 
 def plan_child(parent: Store, keys: Sequence[str] | None, unit_rows: int) -> tuple[Int64, Plan]:

@@ -19,8 +19,8 @@ from kdstore.store.reader import Store, open_store
 def concat_stores(paths: Sequence[str | Path], out: str | Path, *, on_progress: OnProgress = silent) -> DerivedStore:
     """Write the rows of all stores, in the order of `paths`, as one store; chunks, shards and codecs are those of the first.
 
-    Raises IdentityMismatch with the differing fields unless all hold the same features (identities are equal but for source, lineage and parent,
-    arrays but for their encoding), JoinError for a key that comes twice, and what `StoreWriter` and `Store.gather` raise.
+    Raises IdentityMismatch with the differing fields unless all hold the same features (identities are equal but for source, lineage, parent and what was
+    withdrawn, arrays but for their encoding), JoinError for a key that comes twice, and what `StoreWriter` and `Store.gather` raise.
     """
     if len(paths) < 2:
         raise ConfigError("There is nothing to put together.", "Name two stores or more.")
@@ -45,4 +45,4 @@ def _refuse_differences(first: Store, other: Store) -> None:
 def _features(store: Store) -> dict[str, Any]:
     """Return what two stores must have in common to be one."""
     arrays = {name: {"dtype": spec.dtype, "row": list(spec.shape[1:]), "dims": list(spec.dims)} for name, spec in store.arrays.items()}
-    return {"identity": {name: value for name, value in store.identity.items() if name not in ("source", "lineage", "parent")}, "arrays": arrays}
+    return {"identity": {name: value for name, value in store.identity.items() if name not in ("source", "lineage", "parent", "withdrawn")}, "arrays": arrays}

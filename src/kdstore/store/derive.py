@@ -88,7 +88,7 @@ def plan_of(parts: Sequence[Part], unit_rows: int) -> Plan:
     if len(parts) == 1 and len(parts[0].images) == (store := parts[0].store).num_images:
         keys, captions, kinds = (pa.chunked_array([_column(store, side, name)]) for side, name in _PLANNED)
         return Plan(keys, captions, kinds, store.offsets, unit_rows, store.fingerprint).within_limits()
-    return Plan.freeze((pair for part in parts for pair in _pairs(part)), unit_rows=unit_rows)
+    return Plan.freeze((pair for part in parts for pair in pairs_of(part)), unit_rows=unit_rows)
 
 
 def fitted(spec: ArraySpec, plan: Plan, **changes: Any) -> ArraySpec:
@@ -117,7 +117,7 @@ def fitted(spec: ArraySpec, plan: Plan, **changes: Any) -> ArraySpec:
 
 def derived_identity(parts: Sequence[Part], plan: Plan, operation: str, arrays: Sequence[str]) -> dict[str, Any]:
     """Build the identity of a store made from others: what the first one's features are, other rows, and in `lineage` where they came from."""
-    first = parts[0].store.identity
+    first = {name: part for name, part in parts[0].store.identity.items() if name != "withdrawn"}  # whose row numbers hold for that store alone
     identity = {**first, "lineage": {"operation": operation, "of": [_ancestor(part.store) for part in parts]}}
     if "source" in first:
         identity["source"] = {"fingerprint": plan.fingerprint}
@@ -171,7 +171,7 @@ def write_parts(
                             attempt.append(spec.name, block)
                             done += len(block)
                             on_progress(f"{operation}: rows of arrays", done, total, spec.name)
-        sources = {_source_of(part.store) for part in parts}
+        sources = {source_of(part.store) for part in parts}
         run = {"operation": operation, "from": {str(part.store.path): part.store.digest for part in parts}, "seconds": round(time.perf_counter() - started, 3)}
         digest = writer.finalise(run | ({"source": sources.pop()} if len(sources) == 1 and None not in sources else {}))
     return DerivedStore(str(out), digest, plan.num_images, plan.num_texts, tuple(spec.name for spec in specs))
@@ -217,7 +217,7 @@ def index_rows(store: Store, side: Side, rows: Int64) -> list[dict[str, Any]]:
     return [dict(zip(("valid", *columns), row, strict=True)) for row in zip(valid, *columns.values(), strict=True)]
 
 
-def _pairs(part: Part) -> Iterator[tuple[str, tuple[Caption, ...]]]:
+def pairs_of(part: Part) -> Iterator[tuple[str, tuple[Caption, ...]]]:
     """Yield (key, captions) of a part's rows."""
     keys, captions, kinds = (_column(part.store, side, name).take(pa.array(part.rows(side))) for side, name in _PLANNED)
     counts = np.diff(part.store.offsets)[part.images]
@@ -239,7 +239,8 @@ def _ancestor(store: Store) -> dict[str, Any]:
     return {"digest": store.digest} | ({"lineage": lineage} if lineage else {})
 
 
-def _source_of(store: Store) -> str | None:
+def source_of(store: Store) -> str | None:
+    """Return the data that a store's run was given, None if it does not say."""
     with suppress(SourceError):
         return store.recorded_source
     return None

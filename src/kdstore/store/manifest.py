@@ -138,6 +138,7 @@ def read_manifest(root: Path) -> Manifest:
         for part in ("teacher", "parent"):
             if not isinstance(content["identity"].get(part, {}), dict):
                 raise ValueError(f"identity.{part} is not an object")
+        _check_withdrawn(content["identity"].get("withdrawn"), content["plan"]["images"])
         if len([_checked_path(name) for name, _ in content["arrays"].items()]) > MAX_ARRAYS:
             raise ValueError(f"more than {MAX_ARRAYS} arrays")
     except (LookupError, TypeError, ValueError, AttributeError) as e:
@@ -202,6 +203,16 @@ def _check_plan(plan: dict[str, Any]) -> None:
         raise ValueError(f"plan.unit_rows of {plan['unit_rows']} makes more than {MAX_SHARDS} units")
     if plan["unit_rows"].bit_count() != 1 or not isinstance(plan["fingerprint"], str):
         raise ValueError("plan.unit_rows is not a power of two, or plan.fingerprint no text")
+
+
+def _check_withdrawn(said: Any, images: int) -> None:
+    if said is None:
+        return
+    rows = said["rows"]
+    if not all(type(row) is int for row in rows) or sorted(set(rows)) != rows or (rows and not 0 <= rows[0] <= rows[-1] < images):
+        raise ValueError("identity.withdrawn.rows are no ascending rows of images")
+    if not all(_SHA256.fullmatch(text) for text in said["sha256"]) or not all(isinstance(text, str) for text in said["versions"]):
+        raise ValueError("identity.withdrawn is not as the format says")
 
 
 def _checked_path(name: str) -> str:

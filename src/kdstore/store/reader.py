@@ -6,7 +6,9 @@ so that opening costs the same whatever the number of rows.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,11 @@ class Store:
         return sum(entry.size for entry in self._manifest.files.values())
 
     @property
+    def withdrawn(self) -> npt.NDArray[np.int64]:
+        """The image rows that were withdrawn, ascending; they are not valid."""
+        return np.array(self.identity.get("withdrawn", {}).get("rows", []), np.int64)
+
+    @property
     def recorded_source(self) -> str:
         """The data that the store's run was given, as `run.json` beside the manifest has it; raises SourceError if it does not say.
 
@@ -104,7 +111,8 @@ class Store:
             "weights": teacher.get("weights_sha256"),
             "parent": self.identity.get("parent", {}).get("digest"),
             "images": self.num_images,
-            "undecodable": int((~self.image_valid).sum()),
+            "undecodable": int((~self.image_valid).sum()) - len(self.withdrawn),
+            "withdrawn": len(self.withdrawn),
             "texts": self.num_texts,
             "arrays": {name: f"{list(spec.shape)} {spec.dtype}{_said(encoded.get(name))}" for name, spec in self.arrays.items()},
             "codecs": {name: {"codec": str(coded.chain), **coded.record} for name, coded in self.codecs.items()},
@@ -199,6 +207,16 @@ class Store:
             rows = np.arange(start, min(start + BLOCK_ROWS, len(out)))
             self.gather(name, rows, out=out[start : start + len(rows)])
         return out
+
+    def checks(self, name: str) -> npt.NDArray[np.uint32]:
+        """Return the crc32c of every inner chunk of an array."""
+        return self._manifest.load(self.arrays[name].checks_path, self.arrays[name].num_chunks, "<u4")
+
+    @contextlib.contextmanager
+    def listed(self, path: str) -> Iterator[Path]:
+        """Yield where a file of the manifest lies, after a look at its kind, place and size; raises DamagedStore, CannotRead."""
+        with self._manifest.open(path):
+            yield self.path / path
 
     def keys(self) -> npt.NDArray[np.str_]:
         """Return the keys of all images [N]."""
