@@ -32,7 +32,7 @@ def question(question_id: Any, answers: list[str], *, question_type: str = "what
 
 TYPES = {"structural": "query", "semantic": "attr", "detailed": "color"}
 EXTRA: dict[str, dict[str, Any]] = {
-    "aokvqa-direct": {"difficult_direct_answer": False},
+    "aokvqa": {"difficult_direct_answer": False},
     "aokvqa-choice": {"choices": ["yes", "no"], "correct_choice_idx": 0},
     "clevr": {"question_family_index": 3},
     "gqa": {"isBalanced": True, "types": TYPES, "groups": {"global": None}, "entailed": [], "semantic": []},
@@ -145,14 +145,14 @@ def test_a_multiple_choice_question_takes_one_of_its_choices_only() -> None:
 @pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 100 / 3), (2, 200 / 3), (3, 100), (10, 100)])
 def test_a_okvqa_leaves_no_annotator_out_and_normalises_nothing(matches: int, score: float) -> None:
     asked = [question(1, ["cat"] * matches + ["Cat"] * (10 - matches), difficult_direct_answer=False)]
-    assert score_answers("aokvqa-direct", asked, {1: "cat"}).aggregate == {"accuracy": pytest.approx(score)}
+    assert score_answers("aokvqa", asked, {1: "cat"}).aggregate == {"accuracy": pytest.approx(score)}
 
 
 def test_a_okvqa_leaves_questions_out_that_are_difficult_for_direct_answers() -> None:
     asked = [question(1, ["a"] * 10, difficult_direct_answer=True), question(2, ["b"] * 10, difficult_direct_answer=False)]
-    assert score_answers("aokvqa-direct", asked, {1: "x", 2: "b"}).per_question == {2: 100}
+    assert score_answers("aokvqa", asked, {1: "x", 2: "b"}).per_question == {2: 100}
     with pytest.raises(EvaluationError, match="Every question is marked as difficult"):
-        score_answers("aokvqa-direct", asked[:1], {1: "x"})
+        score_answers("aokvqa", asked[:1], {1: "x"})
 
 
 def test_a_okvqa_choices_are_compared_with_the_right_one_and_others_are_refused() -> None:

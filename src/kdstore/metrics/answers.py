@@ -14,7 +14,7 @@
 | `anls` | `inclusive`, `strict`, `m4c` | |
 | `vizwiz` | `curly`, `straight` | |
 | `vizwiz-answerability` | `official` | `answerable` (0 or 1); a prediction is a number, 1 for answerable |
-| `aokvqa-direct` | `official` | `difficult_direct_answer` |
+| `aokvqa` | `official` | `difficult_direct_answer` |
 | `aokvqa-choice` | `official` | `choices`, `correct_choice_idx` |
 | `gqa` | `official` | `isBalanced`, `types`, `groups`, `entailed`, `semantic`; `choices` (`valid`, `plausible`) where there is one |
 | `clevr` | `official` | `question_family_index` |
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdstore.errors import EvaluationError, UnknownName
-from kdstore.metrics.aokvqa import score_aokvqa_choice, score_aokvqa_direct
+from kdstore.metrics.aokvqa import score_aokvqa, score_aokvqa_choice
 from kdstore.metrics.exact import score_clevr, score_exact, score_nlvr2
 from kdstore.metrics.gqa import score_gqa
 from kdstore.metrics.scores import Question, QuestionId, Scores, by_id, check_same_ids, field_of
@@ -97,7 +97,7 @@ METRICS: dict[str, Metric] = {
     "anls": Metric(score_anls, ANLS_VERSIONS),
     "vizwiz": Metric(score_vizwiz, VIZWIZ_VERSIONS),
     "vizwiz-answerability": Metric(score_vizwiz_answerability, predicts=float),
-    "aokvqa-direct": Metric(score_aokvqa_direct),
+    "aokvqa": Metric(score_aokvqa),
     "aokvqa-choice": Metric(score_aokvqa_choice),
     "gqa": Metric(score_gqa),
     "clevr": Metric(score_clevr),

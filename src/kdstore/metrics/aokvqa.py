@@ -12,13 +12,13 @@ from kdstore.errors import EvaluationError
 from kdstore.metrics.scores import Question, QuestionId, Scores, answer_texts, check_choice, extra_of, scores_of
 
 
-def score_aokvqa_direct(question_of: Mapping[QuestionId, Question], predictions: Mapping[QuestionId, str], version: str) -> Scores:
+def score_aokvqa(question_of: Mapping[QuestionId, Question], predictions: Mapping[QuestionId, str], version: str) -> Scores:
     """Score direct answers; `difficult_direct_answer` in a question's extra fields takes it out."""
     counted = {i: question for i, question in question_of.items() if not extra_of(question, "difficult_direct_answer")}
     if not counted:
         raise EvaluationError("Every question is marked as difficult for direct answers.", "Score metric aokvqa-choice, or a whole split.")
     fractions = {i: min(1.0, answer_texts(question).count(predictions[i]) / 3) for i, question in counted.items()}
-    return scores_of("aokvqa-direct", version, fractions)
+    return scores_of("aokvqa", version, fractions)
 
 
 def score_aokvqa_choice(question_of: Mapping[QuestionId, Question], predictions: Mapping[QuestionId, str], version: str) -> Scores:
