@@ -98,6 +98,10 @@ class JoinError(StoreError, ValueError):
     """Store and source do not describe the same data."""
 
 
+class TransferError(StoreError, OSError):
+    """Files of a store did not come, or were not taken, anywhere: try again later or name another place."""
+
+
 class DiskFull(KdstoreError, OSError):
     """The disk is full or the file size is limited: free space and run again."""
 

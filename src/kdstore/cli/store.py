@@ -277,3 +277,48 @@ def _slice(text: str) -> slice:
         return slice(start, stop)
     except ValueError as e:
         raise ConfigError(f"--rows is START:STOP, found '{text}'.", "For the first thousand rows: --rows :1000.") from e
+
+
+@store_app.command("pull")
+def store_pull(
+    source: Annotated[str, typer.Argument(help="A folder, s3://, gs://, http(s):// or hf://datasets/ORG/NAME[@REVISION].")],
+    target: Annotated[str, typer.Argument(help="A folder.")],
+    expect: Annotated[str | None, typer.Option(metavar="sha256:...", help="The digest that the store must have.")] = None,
+    signed_by: SignedBy = None,
+    mirror: Annotated[list[str] | None, typer.Option(help="Another place with the same files; may be given again.")] = None,
+    arrays: Arrays = "",
+    rows: Annotated[str | None, typer.Option(help="START:STOP of the image rows, as Python slices them.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="A text file with a key per line: rows with these keys.")] = None,
+    for_source: Annotated[str | None, typer.Option("--for", metavar="SOURCE", help="Rows that join with this source (what --data takes).")] = None,
+    by_content: Annotated[bool, typer.Option("--content", help="With --for: images of other keys too, by their bytes, which reads all of the source.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a store of other features.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell files and bytes, and write nothing.")] = False,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Files at once.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Bring a store or a part of one into a folder, every file compared with its sha256; run again to go on or to complete a part."""
+    from kdstore import store
+    from kdstore.data.sources import open_source
+    from kdstore.store import share
+
+    chosen = None if rows is None else _slice(rows)
+    named = None if keys is None else tuple(store.read_keys(keys))
+    with bars() as on_progress:
+        data = None if for_source is None else open_source(for_source, on_progress=on_progress)
+        choice = share.Choice(tuple(_names(arrays)), chosen, named, data, by_content)
+        options: dict[str, Any] = {"expect": expect, "signed_by": signed_by, "mirrors": mirror or (), "force": force, "dry_run": dry_run, "parallel": parallel}
+        show(share.pull_store(source, target, choice=choice, **options, on_progress=on_progress), as_json)
+
+
+@store_app.command("push")
+def store_push(
+    path: Path,
+    target: Annotated[str, typer.Argument(help="A folder, s3://, gs:// or hf://datasets/ORG/NAME[@BRANCH].")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a store of other features.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send a store to a place, its manifest last; run again to go on."""
+    from kdstore.store import share
+
+    with bars() as on_progress:
+        show(share.push_store(path, target, force=force, on_progress=on_progress), as_json)

@@ -111,6 +111,7 @@ def pairs_of_stores(
     stores: Sequence[Store],
     source: Source,
     *,
+    needs: Sequence[str] = (),
     both_kinds: bool = False,
     whole: Collection[str] = (),
     by_content: bool = False,
@@ -118,24 +119,34 @@ def pairs_of_stores(
 ) -> Pairs:
     """The pairs that stores and source share by key, whose image and caption are valid in a store; raises JoinError for a store that shares none.
 
-    `by_content`: images of other keys too, by their bytes. `both_kinds`: images with a synthetic caption and another one, if there are synthetic ones beside
-    others. `whole`: the sides of which what any store lacks is left out.
+    Rows of which a store lacks an array among `needs` (a part, or a child for some rows) are left out of it. `by_content`: images of other keys too, by their
+    bytes. `both_kinds`: images with a synthetic caption and another one, if there are synthetic ones beside others. `whole`: the sides of which what any
+    store lacks is left out.
     """
     tables, reasons = [], []
     for store in stores:
         join = join_sources(store, source, by_content=by_content, on_progress=on_progress)
         there, valid = join.source_row_of_store >= 0, store.image_valid
-        rows = np.flatnonzero(there & valid).astype(np.int64)
+        image_held, text_held = (_held(store, side, needs) for side in SIDES)
+        rows = np.flatnonzero(there & valid & image_held).astype(np.int64)
         kinds = store.index("text", "kind")
-        usable, synthetic = store.text_valid & pc.not_equal(kinds, PROBE).to_numpy(), pc.equal(kinds, SYNTHETIC).to_numpy()
+        usable = store.text_valid & text_held & pc.not_equal(kinds, PROBE).to_numpy()
+        synthetic = pc.equal(kinds, SYNTHETIC).to_numpy()
         texts = store.index("text", "caption").combine_chunks()
         table, has = _table(join.source_row_of_store[rows], rows, store.offsets, usable, synthetic, texts)
         tables.append(table)
-        reasons.append({"not in the source": ~there, "not in the store": join.store_row_of_source < 0, INVALID: there & ~valid, "without a caption": ~has})
+        reasons.append({"not in the source": ~there, "not in the store": join.store_row_of_source < 0, INVALID: there & ~valid})
+        reasons[-1] |= {"not in this part of the store": there & valid & ~image_held, "without a caption": ~has}
     nowhere = {"in no store": np.logical_and.reduce([of_store["not in the store"] for of_store in reasons])}
     pairs = _joined(tables, len(source), both_kinds=both_kinds, whole=whole)
     left_out = _counts(reasons[0] if len(stores) == 1 else nowhere) | pairs.left_out
     return replace(pairs, sha256=tuple(store.index("image", "sha256") for store in stores), left_out=left_out)
+
+
+def _held(store: Store, side: str, needs: Sequence[str]) -> Bools:
+    """Tell of which rows of a side a store has all arrays that are needed."""
+    valid = store.image_valid if side == "image" else store.text_valid
+    return np.logical_and.reduce([np.ones(len(valid), bool), *(store.holds(name) for name in needs if name.startswith(f"{side}/") and name in store.arrays)])
 
 
 def _table(source_rows: Rows, target_rows: Rows, offsets: Rows, usable: Bools, synthetic: Bools, texts: pa.Array) -> tuple[_Table, Bools]:

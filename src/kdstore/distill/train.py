@@ -166,7 +166,7 @@ def _pairs(config: DistillConfig, stores: Sequence[Store], source: Source, needs
     whole = sides if config.text_tower == "frozen" or any(term.joint for term in terms_of(loss).values()) else ()
     if stores:
         by_content = config.join == "content"
-        pairs = pairs_of_stores(stores, source, both_kinds=both_kinds, whole=whole, by_content=by_content, on_progress=on_progress)
+        pairs = pairs_of_stores(stores, source, needs=needs, both_kinds=both_kinds, whole=whole, by_content=by_content, on_progress=on_progress)
     else:
         pairs = pairs_of_source(source, num_teachers, both_kinds=both_kinds)
     if config.changed_images == "allow":

@@ -83,9 +83,11 @@ class Family(Store):
 
     def holds(self, name: str) -> npt.NDArray[np.bool_]:
         """Tell which rows of an array there are, bool [N] or [M]: of a child's it may be a part."""
-        self.require(name)
-        _, place = self._lent.get(name, (self, None))
-        return np.ones(self.arrays[name].shape[0], bool) if place is None else place >= 0
+        if name not in self._lent:
+            return super().holds(name)
+        child, place = self._lent[name]
+        held = child.holds(name)
+        return held if place is None else (place >= 0) & held[place]
 
     def located(self, name: str, rows: npt.ArrayLike) -> tuple[Store, npt.ArrayLike]:
         """Return the store that has an array, and where rows lie in it; raises MissingFeature for those that it does not hold, IndexError."""

@@ -31,7 +31,7 @@ def concat_stores(paths: Sequence[str | Path], out: str | Path, *, on_progress: 
     if twice := repeated(keys):
         raise JoinError(f"{len(twice)} keys are in more than one of the stores: {', '.join(twice[:5])}.", "Take them out of one with: kdstore store subset.")
     parts = [Part.of(store) for store in stores]
-    plan, names = plan_of(parts, max(store.unit_rows for store in stores)), choose(stores[0], ())
+    plan, names = plan_of(parts, max(store.unit_rows for store in stores)), choose(stores[0].arrays, ())
     identity = derived_identity(parts, plan, "concat", names)
     identity.pop("parent", None)  # of the first one's rows alone
     return write_parts(out, parts, plan, [fitted(stores[0].arrays[name], plan) for name in names], identity, on_progress=on_progress)

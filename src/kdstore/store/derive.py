@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,16 +126,16 @@ def derived_identity(parts: Sequence[Part], plan: Plan, operation: str, arrays: 
     return identity
 
 
-def choose(store: Store, names: Sequence[str]) -> list[str]:
-    """Return the arrays that these need to be read, in the store's order, without `valid`; raises UnknownName. No names: all."""
-    known = [name for name in store.arrays if not name.endswith("/valid")]
+def choose(arrays: Mapping[str, ArraySpec], names: Sequence[str]) -> list[str]:
+    """Return those of a store's arrays that these need to be read, in its order, without `valid`; raises UnknownName. No names: all."""
+    known = [name for name in arrays if not name.endswith("/valid")]
     for name in names:
         if name not in known:
             raise UnknownName.of("array", name, known)
     chosen = set(names or known)
     if "text/tokens" in chosen:
         chosen.add("text/length")
-    if any(store.arrays[name].views > 1 for name in chosen):
+    if any(arrays[name].views > 1 for name in chosen):
         chosen.add("image/view")
     return [name for name in known if name in chosen]
 

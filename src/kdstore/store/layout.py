@@ -20,6 +20,8 @@ from kdstore.store.plan import MAX_SHARDS, Plan, Side, Unit
 FORMAT = 1
 MANIFEST = "manifest.json"
 BUILD = "_build"
+PULL = "pull"  # folder of a pull below BUILD
+PART = "part.json"
 OFFSETS = "index/offsets.npy"
 SIGNATURE = "manifest.json.sig"
 BESIDE = (SIGNATURE, "run.json", "stats.json", "README.md", "croissant.json")

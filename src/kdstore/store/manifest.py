@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdstore.errors import CannotRead, DamagedStore, IncompleteStore, StoreError, StoreNotFound
-from kdstore.jsonfile import digest_of, parse_json
-from kdstore.store.layout import BESIDE, BUILD, FORMAT, MANIFEST, rows_said
+from kdstore.errors import CannotRead, DamagedStore, IncompleteStore, MissingFeature, StoreError, StoreNotFound
+from kdstore.jsonfile import digest_of, parse_json, read_json
+from kdstore.store.layout import BESIDE, BUILD, FORMAT, MANIFEST, PART, PULL, rows_said
 from kdstore.store.plan import MAX_SHARDS
 
 MAX_MANIFEST_BYTES = 1 << 26  # twice that of 14 arrays of 8,192 shards
@@ -34,7 +34,7 @@ MAX_METADATA_BYTES = 1 << 20
 _PART = "[a-z0-9_][a-z0-9_.-]*"
 _INSIDE = re.compile(f"{_PART}(?:/{_PART})*")
 _SHA256 = re.compile("[0-9a-f]{64}")
-_RESERVED = {name.lower() for name in (MANIFEST, BUILD, *BESIDE)}
+_RESERVED = {name.lower() for name in (MANIFEST, BUILD, PART, *BESIDE)}
 NPY_HEADER_BYTES = 10 + 65535  # at most, in version 1.0
 RESTORE = "Restore this file or extract its rows again."
 
@@ -52,12 +52,21 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What `part.json` says of a store that was pulled in part: the files that are there, and where the others are."""
+
+    files: frozenset[str]
+    origin: str
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """A checked manifest and the folder it describes."""
+    """A checked manifest and the folder it describes; `part` is None if all of its files are there."""
 
     root: Path
     content: dict[str, Any]
     files: dict[str, FileEntry]
+    part: Held | None = None
 
     @property
     def digest(self) -> str:
@@ -66,6 +75,19 @@ class Manifest:
     @cached_property
     def _real_root(self) -> str:
         return os.path.realpath(self.root).rstrip("/")
+
+    @property
+    def held(self) -> dict[str, FileEntry]:
+        """The files that are there."""
+        return self.files if self.part is None else {path: entry for path, entry in self.files.items() if path in self.part.files}
+
+    def holds(self, path: str) -> bool:
+        """Tell whether a file is there by what the manifest and `part.json` say."""
+        return path in self.files and (self.part is None or path in self.part.files)
+
+    def pull_hint(self) -> str:
+        """Say how a part is completed; '' for a whole store."""
+        return f"Pull more of it: kdstore store pull {self.part.origin} {self.root}" if self.part else ""
 
     def entry(self, path: str) -> FileEntry:
         """Return the entry of a file that the format asks for; raises DamagedStore if the manifest lists none."""
@@ -85,9 +107,11 @@ class Manifest:
     def descriptor(self, path: str) -> int:
         """Open a listed file for reading, the caller closes it.
 
-        Raises DamagedStore if it is missing, no regular file, of another size, or outside the store; CannotRead.
+        Raises DamagedStore if it is missing, no regular file, of another size, or outside the store; CannotRead; MissingFeature if a part leaves it out.
         """
         entry = self.entry(path)
+        if not self.holds(path):
+            raise MissingFeature(f"{self.root} is a part of its store, without {path}{entry.said()}.", self.pull_hint())
         full = self.root / path
         if os.path.realpath(full) != f"{self._real_root}/{path}":
             raise DamagedStore(f"{full} is a link; files of a store must lie in its folder{entry.said()}.", "Copy the file into the store.")
@@ -126,8 +150,15 @@ class Manifest:
 
 def read_manifest(root: Path) -> Manifest:
     """Read and check `root/manifest.json`; raises StoreNotFound, IncompleteStore, DamagedStore, CannotRead, StoreError (another format)."""
-    path = root / MANIFEST
-    content = parse_json(_manifest_bytes(root), path)
+    manifest = parse_manifest(_manifest_bytes(root), root / MANIFEST)
+    return replace(manifest, part=_read_part(manifest)) if (root / PART).is_file() else manifest
+
+
+def parse_manifest(encoded: bytes, path: Path) -> Manifest:
+    """Check a manifest that was read from `path`; raises DamagedStore, StoreError (another format)."""
+    if len(encoded) > MAX_MANIFEST_BYTES or sum(map(encoded.count, (b",", b"[", b"{"))) > MAX_MANIFEST_VALUES:
+        raise DamagedStore(f"{path} is larger than any manifest.", "Restore the file from its origin.")
+    content = parse_json(encoded, path)
     if content.get("format") != FORMAT:
         raise StoreError(f"{path} is of format {str(content.get('format'))[:20]}, expected {FORMAT}.", "Read it with the version of kdstore that wrote it.")
     try:
@@ -143,15 +174,27 @@ def read_manifest(root: Path) -> Manifest:
             raise ValueError(f"more than {MAX_ARRAYS} arrays")
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise DamagedStore(f"{path} is not a manifest of format {FORMAT} ({type(e).__name__}: {str(e)[:200]}).", "Restore the file from its origin.") from e
-    return Manifest(root, content, files)
+    return Manifest(path.parent, content, files)
+
+
+def _read_part(manifest: Manifest) -> Held:
+    """Read `part.json`; raises DamagedStore unless it is of this manifest."""
+    path = manifest.root / PART
+    said = read_json(path)
+    files, origin = said.get("files"), said.get("from")
+    if said.get("store") != manifest.digest or not isinstance(origin, str) or not isinstance(files, list) or not set(map(str, files)) <= manifest.files.keys():
+        raise DamagedStore(f"{path} is not of the store {manifest.digest}.", "Pull the part again.")
+    return Held(frozenset(files), origin)
 
 
 def _manifest_bytes(root: Path) -> bytes:
-    """Read the manifest after a look at its size, and at the number of its values before they become objects."""
+    """Read the manifest after a look at its size."""
     path = root / MANIFEST
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError) as e:
+        if (root / BUILD / PULL).is_dir():
+            raise IncompleteStore(f"{root} has no {MANIFEST}: its pull has not ended.", "Run the same pull command again: it goes on.") from e
         if (root / BUILD).is_dir():
             raise IncompleteStore(f"{root} has no {MANIFEST}: its extraction has not ended.", "Run the same extract command again to resume it.") from e
         raise StoreNotFound(f"There is no store at {root}.", "Check the path, or make one with: kdstore extract --out PATH.") from e
@@ -163,7 +206,7 @@ def _manifest_bytes(root: Path) -> bytes:
         content = _read(fd, size, path) if size <= MAX_MANIFEST_BYTES else b""
     finally:
         os.close(fd)
-    if size > MAX_MANIFEST_BYTES or sum(map(content.count, (b",", b"[", b"{"))) > MAX_MANIFEST_VALUES:
+    if size > MAX_MANIFEST_BYTES:
         raise DamagedStore(f"{path} is larger than any manifest ({size} bytes).", "Restore the file from its origin.")
     return content
 

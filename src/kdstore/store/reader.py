@@ -37,8 +37,9 @@ class Store:
         self.path = manifest.root
         self.manifest = manifest.content
         self._manifest = manifest
-        self.arrays: dict[str, ArraySpec] = {name: array_spec(manifest, name) for name in manifest.content["arrays"]}
-        for group in {"", *(name.rpartition("/")[0] + "/" for name in self.arrays)}:
+        specs = {name: array_spec(manifest, name) for name in manifest.content["arrays"]}
+        self.arrays: dict[str, ArraySpec] = {name: spec for name, spec in specs.items() if manifest.part is None or _held_shards(manifest, spec).any()}
+        for group in {"", *(name.rpartition("/")[0] + "/" for name in specs)}:
             manifest.read(f"{group}zarr.json", MAX_METADATA_BYTES)  # for other readers, but what is damaged is said at once
         self.codecs: dict[str, StoredCodec] = stored_codecs(manifest, self.arrays)
         self._readers: dict[str, ArrayReader] = {}
@@ -80,8 +81,16 @@ class Store:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files that the manifest lists."""
-        return sum(entry.size for entry in self._manifest.files.values())
+        """Bytes of all files that the manifest lists and that are there."""
+        return sum(entry.size for entry in self._manifest.held.values())
+
+    @property
+    def part(self) -> dict[str, int] | None:
+        """Files and bytes that a part has of its store's; None for a whole store."""
+        if self._manifest.part is None:
+            return None
+        files = self._manifest.files
+        return {"files": len(self._manifest.held), "of_files": len(files), "bytes": self.num_bytes, "of_bytes": sum(entry.size for entry in files.values())}
 
     @property
     def withdrawn(self) -> npt.NDArray[np.int64]:
@@ -118,15 +127,23 @@ class Store:
             "codecs": {name: {"codec": str(coded.chain), **coded.record} for name, coded in self.codecs.items()},
             "bytes": self.num_bytes,
             "fingerprint": self.fingerprint,
-        }
+        } | ({"part": self.part} if self.part else {})
 
     def require(self, *names: str) -> None:
         """Raise MissingFeature unless the store holds all these arrays."""
         if missing := [name for name in names if name not in self.arrays]:
             raise MissingFeature(
                 f"{self.path} holds no {', '.join(missing)}; it holds {', '.join(sorted(self.arrays))}.",
-                "Extract the missing features into a store, or choose a loss that needs less.",
+                self._manifest.pull_hint() or "Extract the missing features into a store, or choose a loss that needs less.",
             )
+
+    def holds(self, name: str) -> npt.NDArray[np.bool_]:
+        """Tell which rows of an array there are, bool [N] or [M]: of a part not all."""
+        self.require(name)
+        spec = self.arrays[name]
+        if self._manifest.part is None:
+            return np.ones(spec.shape[0], bool)
+        return np.repeat(_held_shards(self._manifest, spec), spec.shard[0])[: spec.shape[0]]
 
     def located(self, name: str, rows: npt.ArrayLike) -> tuple[Store, npt.ArrayLike]:
         """Return the store whose files hold an array, and where rows lie in it."""
@@ -242,6 +259,11 @@ class Store:
         if found != rows:
             raise DamagedStore(f"{self.path}/index/{side} holds {found} rows, expected {rows}.", RESTORE)
         return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type if parts else pa.large_string())
+
+
+def _held_shards(manifest: Manifest, spec: ArraySpec) -> npt.NDArray[np.bool_]:
+    """Tell which shards of an array there are."""
+    return np.array([manifest.holds(spec.shard_path(number)) for number in range(spec.num_shards)], bool)
 
 
 def _said(encoding: Any) -> str:

@@ -42,12 +42,12 @@ def recode_store(
     """
     store = open_store(path)
     changes = _changes(encoding)
-    recoded = [name for name in choose(store, arrays) if (name in arrays if arrays else name.endswith(("/embedding", "/tokens")))]
+    recoded = [name for name in choose(store.arrays, arrays) if (name in arrays if arrays else name.endswith(("/embedding", "/tokens")))]
     if encoding.dtype and (codes := [name for name in recoded if name == "image/view" or not store.arrays[name].dtype.startswith("float")]):
         raise ConfigError(f"{', '.join(codes)} hold no floats of features, so they cannot become {encoding.dtype}.", "Name the arrays to recode with --arrays.")
     parts = [Part.of(store)]
     plan = plan_of(parts, max(store.unit_rows, encoding.shard_rows or 1))
-    names = choose(store, ())
+    names = choose(store.arrays, ())
     specs = [fitted(store.arrays[name], plan, **(changes if name in recoded else {})) for name in names]
     identity = derived_identity(parts, plan, "recode", names)
     for spec in specs:

@@ -20,7 +20,6 @@ from kdstore.errors import DamagedStore, MissingFeature
 from kdstore.jsonfile import read_json, write_json
 from kdstore.progress import OnProgress, silent
 from kdstore.store.blocks import gather_views, in_blocks
-from kdstore.store.child import Family
 from kdstore.store.reader import Store, open_store
 
 MAX_SAMPLES = 1 << 18  # an eigenvalue is then known to some 0.3 % (its relative deviation is sqrt(2 / samples)), in a fraction of the time of a million
@@ -114,7 +113,7 @@ def covariance(store: Store, name: str, *, max_samples: int = MAX_SAMPLES) -> Co
 def sampled_covariance(store: Store, name: str, *, max_rows: int = SAMPLE_ROWS) -> Covariance:
     """Return the covariance of the vectors of some valid rows, evenly spread over an array, in seconds for a store of any size."""
     valid = store.image_valid if store.arrays[name].side == "image" else store.text_valid
-    rows = np.flatnonzero(valid & store.holds(name) if isinstance(store, Family) else valid)
+    rows = np.flatnonzero(valid & store.holds(name))
     rows = rows[:: -(-len(rows) // max_rows) or 1]
     products = _Products(store.feature_shape(name)[-1])
     for start in range(0, len(rows), 16):

@@ -36,6 +36,6 @@ def subset_store(
     if not len(images):
         raise ConfigError(f"No row of {path} is chosen; it holds {store.num_images}.", "Choose other rows.")
     parts = [Part.of(store, images)]
-    plan, names = plan_of(parts, store.unit_rows), choose(store, arrays)
+    plan, names = plan_of(parts, store.unit_rows), choose(store.arrays, arrays)
     identity = derived_identity(parts, plan, "subset", names)
     return write_parts(out, parts, plan, [fitted(store.arrays[name], plan) for name in names], identity, on_progress=on_progress)

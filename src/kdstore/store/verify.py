@@ -29,7 +29,7 @@ from kdstore.errors import CannotRead, ConfigError, DamagedStore, StoreError
 from kdstore.progress import OnProgress, silent
 from kdstore.store.codecfile import parameter_path, stored_codecs
 from kdstore.store.indexfile import check_rows
-from kdstore.store.layout import BESIDE, BUILD, MANIFEST, OFFSETS, PLAIN, ArraySpec
+from kdstore.store.layout import BESIDE, BUILD, MANIFEST, OFFSETS, PART, PLAIN, ArraySpec
 from kdstore.store.manifest import NPY_HEADER_BYTES, Manifest, cannot_read, read_manifest
 from kdstore.store.plan import SIDES
 from kdstore.store.reader import array_spec
@@ -53,9 +53,9 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify_store` found; files in the manifest, their bytes and how many of these were read; findings in order of their path.
+    """What `verify_store` found; files that are there by the manifest, their bytes and how many of these were read; findings in order of their path.
 
-    `seed` is that of the sample, None if all was to be read.
+    `seed` is that of the sample, None if all was to be read. `absent` counts the files that a part leaves out.
     """
 
     path: Path
@@ -66,6 +66,7 @@ class VerifyReport:
     seed: int | None
     damaged: tuple[Damage, ...]
     unreadable: tuple[Damage, ...]
+    absent: int = 0
 
     @property
     def ok(self) -> bool:
@@ -108,7 +109,8 @@ def verify_store(path: str | Path, *, sample: str | None = None, seed: int | Non
     asked = None if sample is None else parse_sample(sample)
     manifest = read_manifest(Path(path))
     listing = _listing(manifest)
-    total = sum(entry.size for entry in manifest.files.values())
+    held = manifest.held
+    total = sum(entry.size for entry in held.values())
     if asked is not None and seed is None:
         seed = secrets.randbits(32)
     chosen = {} if asked is None or seed is None else _choice(manifest, listing.shards, asked(total), seed)
@@ -123,7 +125,7 @@ def verify_store(path: str | Path, *, sample: str | None = None, seed: int | Non
     def sound() -> list[str]:
         """Largest files first, so that no core ends long after the others."""
         found = {damage.path for damage in (*damaged, *unreadable)}
-        return sorted((name for name in manifest.files if name not in found), key=lambda name: -manifest.files[name].size)
+        return sorted((name for name in held if name not in found), key=lambda name: -held[name].size)
 
     names = sound()
     advance, _ = _counter(on_progress, "structure", len(names))
@@ -132,8 +134,9 @@ def verify_store(path: str | Path, *, sample: str | None = None, seed: int | Non
     advance, done = _counter(on_progress, "bytes", sum(_planned_bytes(manifest, listing.shards, name, chosen.get(name)) for name in names))
     load_checks = functools.cache(functools.partial(_load_checks, manifest))
     run(lambda name: _check_bytes(manifest, listing.shards.get(name), name, chosen.get(name), load_checks, advance), names)
-    in_order = (tuple(sorted(found, key=lambda damage: (damage.path, damage.rows or ()))) for found in (damaged, unreadable))
-    return VerifyReport(manifest.root, manifest.digest, len(manifest.files), total, done(), seed if sample else None, *in_order)
+    bad, unread = (tuple(sorted(found, key=lambda damage: (damage.path, damage.rows or ()))) for found in (damaged, unreadable))
+    absent = len(manifest.files) - len(held)
+    return VerifyReport(manifest.root, manifest.digest, len(held), total, done(), seed if sample else None, bad, unread, absent)
 
 
 def parse_sample(text: str) -> Callable[[int], float]:
@@ -191,7 +194,7 @@ def _files_beyond(manifest: Manifest) -> list[str]:
             folders[:] = [name for name in folders if name != BUILD]
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         found += [(relative / name).as_posix() for name in names + links]
-    return [name for name in found if name not in manifest.files and name not in (MANIFEST, *BESIDE)]
+    return [name for name in found if name not in manifest.files and name not in (MANIFEST, PART, *BESIDE)]
 
 
 def _choice(manifest: Manifest, shards: dict[str, _Shard], asked: float, seed: int) -> dict[str, Int64]:
@@ -199,8 +202,9 @@ def _choice(manifest: Manifest, shards: dict[str, _Shard], asked: float, seed: i
 
     What is not in the result is read whole. The choice in a file depends on its name and the seed alone.
     """
-    optional = {name: entry.size for name, entry in manifest.files.items() if name in shards or name.endswith(".parquet")}
-    always = sum(entry.size for entry in manifest.files.values()) - sum(optional.values())
+    held = manifest.held
+    optional = {name: entry.size for name, entry in held.items() if name in shards or name.endswith(".parquet")}
+    always = sum(entry.size for entry in held.values()) - sum(optional.values())
     share = max(0.0, asked - always) / max(1, sum(optional.values()))
     chosen: dict[str, Int64] = {}
     for name in optional:

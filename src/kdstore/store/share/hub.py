@@ -1,0 +1,104 @@
+"""Datasets of the Hugging Face Hub (`hf://datasets/ORG/NAME[@revision]`).
+
+Reading resolves the revision to a commit once, so that a pull sees one version whatever is pushed meanwhile, and then asks for whole files, each one request
+of those that the Hub counts. Writing goes through the commit API of huggingface_hub, which uploads data only where the Hub does not have it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdstore.errors import ConfigError
+from kdstore.store.share.transport import Body, Failure, Pace, Patience, Stored
+from kdstore.store.share.web import Web
+
+COMMIT_FILES = 64  # the Hub asks for about 100 in a commit
+RESOLVES, RESOLVE_SECONDS = 2500, 300.0  # it answers 3,000 in five minutes to whoever has no account
+_NAME = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?")
+
+
+class Hub:
+    """The files of a dataset repository at one revision."""
+
+    files_at_once = COMMIT_FILES
+    parallel = 1
+
+    def __init__(self, url: str, patience: Patience, pace: Pace | None = None) -> None:
+        found = _NAME.fullmatch(url)
+        if not found:
+            raise ConfigError(f"{url.partition('?')[0]} names no dataset of the Hub.", "Write hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION.")
+        self.name = url.rstrip("/")
+        self._repo, self._revision = found[1], found[2] or "main"
+        self._patience = patience
+        self._pace = pace or Pace(RESOLVES, RESOLVE_SECONDS)
+
+    @functools.cached_property
+    def _api(self) -> Any:
+        from huggingface_hub import HfApi
+
+        return HfApi(library_name="kdstore")
+
+    @functools.cached_property
+    def _commit(self) -> str:
+        """The commit that the revision names now."""
+        with self._failures():
+            return str(self._api.dataset_info(self._repo, revision=self._revision, timeout=self._patience.silence).sha)
+
+    @functools.cached_property
+    def _web(self) -> Web:
+        from huggingface_hub import get_token
+
+        token = get_token()
+        url = f"{self._api.endpoint}/datasets/{self._repo}/resolve/{self._commit}"
+        return Web(url, self._patience, name=self.name, headers={"Authorization": f"Bearer {token}"} if token else {}, pace=self._pace)
+
+    @contextlib.contextmanager
+    def open(self, path: str, start: int = 0, tag: str | None = None) -> Iterator[Body]:
+        """Ask for a file; see `Place.open`."""
+        with self._web.open(path, start, tag) as body:
+            yield body
+
+    def listing(self) -> dict[str, Stored]:
+        """Return the files at the revision with the sha256 of those in LFS and git's hash of the others; raises Failure."""
+        with self._failures():
+            tree = [*self._api.list_repo_tree(self._repo, recursive=True, revision=self._revision, repo_type="dataset")]
+        files = [entry for entry in tree if hasattr(entry, "blob_id")]
+        return {f.path: Stored(f.size, "sha256", f.lfs.sha256) if f.lfs else Stored(f.size, "git", f.blob_id) for f in files}
+
+    def commit(self, add: Sequence[tuple[str, Path]], remove: Sequence[str] = ()) -> None:
+        """Add and remove files in one commit; raises Failure."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        with self._failures():
+            operations = [*(CommitOperationAdd(path, str(file)) for path, file in add), *map(CommitOperationDelete, remove)]
+            message = f"kdstore: {len(add)} files"
+            self._api.create_commit(self._repo, operations, commit_message=message, repo_type="dataset", revision=self._revision, num_threads=4)
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turn what huggingface_hub raises into Failure."""
+        from huggingface_hub import errors
+
+        try:
+            yield
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as e:
+            said = "is not there, or not for you: make it with 'hf repos create ORG/NAME --repo-type dataset', and log in with 'hf auth login'"
+            raise Failure(said, again=False, missing=True) from e
+        except errors.HfHubHTTPError as e:
+            status = e.response.status_code if e.response is not None else 0
+            after = e.response.headers.get("Retry-After", "") if e.response is not None else ""
+            again = status == 429 or status >= 500
+            raise Failure(f"is answered with status {status}", again=again, after=float(after) if after.isdigit() else 0.0) from e
+        except errors.OfflineModeIsEnabled as e:
+            raise Failure("is not asked for: HF_HUB_OFFLINE is set", again=False) from e
+        except OSError as e:
+            raise Failure(f"is not answered ({type(e).__name__})") from e
+        except Exception as e:
+            if type(e).__module__.split(".")[0].startswith("http"):  # its HTTP client's, whichever that is
+                raise Failure(f"is not answered ({type(e).__name__})") from e
+            raise

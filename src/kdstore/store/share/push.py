@@ -1,0 +1,148 @@
+"""Pushing a store to a place: data first, manifest last.
+
+Nothing is sent that the place says it has, by size and hash, so an interrupted push goes on. Every file is compared with its sha256 before it is sent. A
+push to a folder is a pull from the other side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kdstore.errors import ConfigError, DamagedStore, MissingFeature, StoreNotFound, TransferError
+from kdstore.progress import OnProgress, silent
+from kdstore.store.layout import BESIDE, MANIFEST
+from kdstore.store.manifest import RESTORE, Manifest, read_manifest
+from kdstore.store.share.fetch import Transfer
+from kdstore.store.share.places import Writable, is_folder, matches, open_place
+from kdstore.store.share.pull import check_old, pull_store, read_remote_manifest
+from kdstore.store.share.staging import bytes_of, is_file_of
+from kdstore.store.share.transport import Failure, Patience, Stored
+
+File = tuple[str, Path]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push sent: files and bytes of the store, and how many of them were sent."""
+
+    path: str
+    target: str
+    digest: str
+    files: int
+    bytes: int
+    files_sent: int
+    sent_bytes: int
+
+
+def push_store(path: str | Path, target: str, *, force: bool = False, patience: Patience | None = None, on_progress: OnProgress = silent) -> Pushed:
+    """Send a store to a place, where it appears when all of it is there; run again to go on.
+
+    A store of another identity is replaced with `force` only, and of a replaced one the files that it lists are removed. Raises ConfigError for a place that
+    takes no files, DamagedStore for a file of ours that is not as it was written, MissingFeature for a part, IdentityMismatch, TransferError.
+    """
+    patience = patience or Patience()
+    manifest = read_manifest(Path(path))
+    if manifest.part is not None:
+        raise MissingFeature(f"{path} is a part of its store.", f"{manifest.pull_hint()}; or push a store of these rows: kdstore store subset.")
+    if is_folder(target):
+        pulled = pull_store(str(path), target, force=force, patience=patience, on_progress=on_progress)
+        files = pulled.files if pulled.received_bytes else 0
+        return Pushed(str(path), target, manifest.digest, len(manifest.files), pulled.bytes, files, pulled.bytes - pulled.kept_bytes)
+    place: Any = open_place(target, patience)
+    if not hasattr(place, "commit"):
+        raise ConfigError(f"{place.name} takes no files: a web server is read only.", "Copy the folder there yourself, manifest.json last.")
+    writable: Writable = place
+    there = _tried(patience, writable, writable.listing)
+    old = _old_manifest(writable, there, patience)
+    check_old(writable.name, old, manifest, force)
+    todo = [name for name, entry in manifest.files.items() if not (name in there and matches(there[name], manifest.root / name, entry.sha256))]
+    gone = sorted(name for name in (old.files if old else ()) if name in there and name not in manifest.files)
+    _send(writable, manifest, todo, _removed_first(old, there, todo, gone), gone, patience, on_progress)
+    every, sent = bytes_of(manifest.files, manifest.files), bytes_of(manifest.files, todo)
+    return Pushed(str(path), writable.name, manifest.digest, len(manifest.files), every, len(todo), sent)
+
+
+def _old_manifest(place: Writable, there: dict[str, Stored], patience: Patience) -> Manifest | None:
+    """Return the manifest that a place has; a damaged one is replaced like none."""
+    if MANIFEST not in there:
+        return None
+    try:
+        return read_remote_manifest(Transfer([place], patience))[1]
+    except (DamagedStore, StoreNotFound):
+        return None
+
+
+def _removed_first(old: Manifest | None, there: dict[str, Stored], todo: Sequence[str], gone: Sequence[str]) -> list[str]:
+    """Return the manifest if files that it lists will change: a reader then finds no store instead of files of two."""
+    changes = old is None or any(name in old.files for name in todo) or gone
+    return [MANIFEST] if MANIFEST in there and changes else []
+
+
+def _send(place: Writable, manifest: Manifest, todo: Sequence[str], first: list[str], gone: list[str], patience: Patience, on_progress: OnProgress) -> None:
+    """Send files, then what lies beside the manifest, then the manifest, in as few commits as the place allows."""
+    total, done, lock = bytes_of(manifest.files, todo), 0, threading.Lock()
+
+    def send(names: Sequence[str], remove: Sequence[str] = (), last: Sequence[File] = ()) -> None:
+        nonlocal done
+        files = [(name, _checked(manifest, name)) for name in names]
+        _tried(patience, place, lambda: place.commit([*files, *last], remove))
+        with lock:
+            done += bytes_of(manifest.files, names)
+            on_progress("bytes", done, total, "")
+
+    beside = [(name, manifest.root / name) for name in (*BESIDE, MANIFEST) if (manifest.root / name).is_file()]
+    batches = list(_batches(todo, place.files_at_once))
+    if place.files_at_once > 1 and len(batches) <= 1:  # one commit changes all at once
+        send([name for batch in batches for name in batch], gone, beside)
+        return
+    if first:
+        send((), first)
+    with ThreadPoolExecutor(place.parallel, "kdstore-push") as pool:
+        futures = [pool.submit(send, batch) for batch in batches]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if place.files_at_once > 1:
+        send((), gone, beside)
+        return
+    send((), gone)
+    for file in beside:
+        send((), (), [file])
+
+
+def _batches(names: Sequence[str], size: int) -> Iterator[list[str]]:
+    left = iter(names)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
+
+
+def _checked(manifest: Manifest, name: str) -> Path:
+    """Return where a file of ours lies; raises DamagedStore unless it is as it was written."""
+    with manifest.open(name):
+        pass  # in the folder, of its size
+    if not is_file_of(manifest.root / name, manifest.files[name]):
+        raise DamagedStore(f"{manifest.root / name} does not match its sha256{manifest.files[name].said()}.", RESTORE)
+    return manifest.root / name
+
+
+def _tried(patience: Patience, place: Writable, work: Callable[[], T]) -> T:
+    """Do what a place may refuse for a time; raises TransferError."""
+    for tries in itertools.count(1):
+        try:
+            return work()
+        except Failure as e:
+            if not e.again or tries >= patience.tries:
+                raise TransferError(f"{place.name} {e.reason}.", "What was sent is kept there; the same command goes on.") from e
+            time.sleep(min(patience.longest, max(e.after, patience.backoff * 2 ** (tries - 1))))
+    raise AssertionError
