@@ -27,6 +27,8 @@ class Hub:
 
     files_at_once = COMMIT_FILES
     parallel = 1
+    endpoint: str | None = None
+    """Of another server than the one that the environment names (HF_ENDPOINT)."""
 
     def __init__(self, url: str, patience: Patience, pace: Pace | None = None) -> None:
         found = _NAME.fullmatch(url)
@@ -41,7 +43,7 @@ class Hub:
     def _api(self) -> Any:
         from huggingface_hub import HfApi
 
-        return HfApi(library_name="kdstore")
+        return HfApi(endpoint=self.endpoint, library_name="kdstore")
 
     @functools.cached_property
     def _commit(self) -> str:
@@ -73,8 +75,10 @@ class Hub:
     def commit(self, add: Sequence[tuple[str, Path]], remove: Sequence[str] = ()) -> None:
         """Add and remove files in one commit; raises Failure."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub.utils import disable_progress_bars
 
         with self._failures():
+            disable_progress_bars()  # ours is drawn already
             operations = [*(CommitOperationAdd(path, str(file)) for path, file in add), *map(CommitOperationDelete, remove)]
             message = f"kdstore: {len(add)} files"
             self._api.create_commit(self._repo, operations, commit_message=message, repo_type="dataset", revision=self._revision, num_threads=4)
@@ -82,23 +86,29 @@ class Hub:
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
         """Turn what huggingface_hub raises into Failure."""
-        from huggingface_hub import errors
-
         try:
             yield
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as e:
-            said = "is not there, or not for you: make it with 'hf repos create ORG/NAME --repo-type dataset', and log in with 'hf auth login'"
-            raise Failure(said, again=False, missing=True) from e
-        except errors.HfHubHTTPError as e:
-            status = e.response.status_code if e.response is not None else 0
-            after = e.response.headers.get("Retry-After", "") if e.response is not None else ""
-            again = status == 429 or status >= 500
-            raise Failure(f"is answered with status {status}", again=again, after=float(after) if after.isdigit() else 0.0) from e
-        except errors.OfflineModeIsEnabled as e:
-            raise Failure("is not asked for: HF_HUB_OFFLINE is set", again=False) from e
-        except OSError as e:
-            raise Failure(f"is not answered ({type(e).__name__})") from e
-        except Exception as e:
-            if type(e).__module__.split(".")[0].startswith("http"):  # its HTTP client's, whichever that is
-                raise Failure(f"is not answered ({type(e).__name__})") from e
+        except Failure:
             raise
+        except Exception as e:
+            found = _failure(e.__cause__ if type(e) is RuntimeError and e.__cause__ else e)  # an upload that failed is wrapped
+            if found is None:
+                raise
+            raise found from e
+
+
+def _failure(error: BaseException) -> Failure | None:
+    """Say what an error of huggingface_hub or of its HTTP client means; None for one of another kind."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+        said = "is not there, or not for you: make it with 'hf repos create ORG/NAME --repo-type dataset', and log in with 'hf auth login'"
+        return Failure(said, again=False, missing=True)
+    if isinstance(error, errors.HfHubHTTPError):
+        status, after = error.response.status_code, error.response.headers.get("Retry-After", "")
+        return Failure(f"is answered with status {status}", again=status == 429 or status >= 500, after=float(after) if after.isdigit() else 0.0)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return Failure("is not asked for: HF_HUB_OFFLINE is set", again=False)
+    if isinstance(error, OSError) or type(error).__module__.startswith("http"):  # its client's, whichever that is
+        return Failure(f"is not answered ({type(error).__name__})")
+    return None
