@@ -1,7 +1,7 @@
 """Scoring a split of the size of VQA v2's validation: seconds for each version of the official accuracy, each with empty caches.
 
-The questions are synthetic in the shape of VQA v2: ten answers each, a third of them unanimous, half of them yes, no or a number, others from a long tail of
-about 100,000 different answers, a quarter of which have capitals, articles, punctuation or number words; 65 question types, three answer types.
+The questions are synthetic in the shape of VQA v2: ten answers each, a third of them unanimous, half of them yes, no or a number, others from a long tail
+(45,000 different ones in all), a quarter of which have capitals, articles, punctuation or number words; 65 question types, three answer types.
 
     python benchmarks/score.py [--questions 214354] [--json]
 """

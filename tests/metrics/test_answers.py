@@ -100,7 +100,7 @@ def test_an_unknown_metric_or_version_names_the_known_ones() -> None:
 
 def test_of_a_repeated_result_record_the_last_wins() -> None:
     assert predictions_of([{"question_id": 1, "answer": "cat"}, {"question_id": 1, "answer": "dog"}]) == {1: "dog"}
-    with pytest.raises(EvaluationError, match="no field 'questionId'; it has question_id"):
+    with pytest.raises(EvaluationError, match="needs the field 'questionId'; one has question_id"):
         predictions_of([{"question_id": 1}], "questionId", "prediction")
 
 

@@ -323,7 +323,7 @@ def test_bad_input_gets_one_clear_line() -> None:
         vqa_scores([], [annotation(1, "x", 9)] * 2)
     with pytest.raises(EvaluationError, match="Question 1: An answer must be a string"):
         vqa_scores([{"question_id": 1, "answer": 3}], [annotation(1, "x", 9)])
-    with pytest.raises(EvaluationError, match="no field 'question_type'; it has question_id, answers"):
+    with pytest.raises(EvaluationError, match="needs the field 'question_type'; one has question_id, answers"):
         vqa_scores([{"question_id": 1, "answer": "x"}], [{"question_id": 1, "answers": ["x"] * 10}])
     with pytest.raises(EvaluationError, match="no human answer"):
         vqa_accuracy("x", [])

@@ -51,16 +51,6 @@ def percent(fractions: Iterable[float]) -> float:
     return sum(values) / len(values) * 100
 
 
-def group_scores(
-    fractions: Mapping[QuestionId, float], member_of: Mapping[QuestionId, str], mean: Callable[[Iterable[float]], float] = rounded_percent
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Return the mean and the number of questions of each member of a breakdown; members in order of appearance."""
-    values: dict[str, list[float]] = {}
-    for question_id, fraction in fractions.items():
-        values.setdefault(member_of[question_id], []).append(fraction)
-    return {member: mean(group) for member, group in values.items()}, {member: len(group) for member, group in values.items()}
-
-
 def scores_of(
     metric: str,
     version: str,
@@ -72,15 +62,19 @@ def scores_of(
     others: Mapping[str, float] | None = None,
 ) -> Scores:
     """Build the scores of per-question fractions in 0 to 1: their mean as `main`, `others` after it, and the mean within each breakdown."""
-    grouped = {name: group_scores(fractions, member_of, mean) for name, member_of in (breakdowns or {}).items()}
+    groups: dict[str, dict[str, list[float]]] = {}  # members in order of appearance
+    for name, member_of in (breakdowns or {}).items():
+        members = groups.setdefault(name, {})
+        for question_id, fraction in fractions.items():
+            members.setdefault(member_of[question_id], []).append(fraction)
     return Scores(
         metric,
         version,
         main,
         {question_id: 100 * fraction for question_id, fraction in fractions.items()},
         {main: mean(fractions.values()), **(others or {})},
-        {name: scores for name, (scores, _) in grouped.items()},
-        {name: counts for name, (_, counts) in grouped.items()},
+        {name: {member: mean(values) for member, values in members.items()} for name, members in groups.items()},
+        {name: {member: len(values) for member, values in members.items()} for name, members in groups.items()},
     )
 
 
@@ -120,7 +114,7 @@ def check_choice(question_id: QuestionId, prediction: str, choices: Sequence[str
 def field_of(record: Mapping[str, Any], name: str, what: str) -> Any:
     """Return a field; raises EvaluationError that names the fields there are."""
     if name not in record:
-        raise EvaluationError(f"A {what} has no field '{name}'; it has {', '.join(map(str, record)) or 'none'}.", "Use the official field names.")
+        raise EvaluationError(f"Every {what} needs the field '{name}'; one has {', '.join(map(str, record)) or 'none'}.", "Use the official field names.")
     return record[name]
 
 
