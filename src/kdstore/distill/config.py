@@ -51,7 +51,7 @@ class DistillConfig:
     sigmoid_teacher: str = "refuse"  # softmax terms of teachers trained with a sigmoid; allow, or split: each term its own kind of teachers
     token_standard: str = "channel"  # how teachers' tokens are brought to one scale: channel (mean and variance), phi-s (docs/losses.md)
     projector: str = "auto"  # auto: where the widths differ; always: for comparisons across teachers
-    views: str = "auto"  # stored: the augmented ones too, drawn again (docs/views.md); plain; auto: what the store has
+    views: str = "auto"  # stored: the augmented ones too, drawn again (docs/views.md); plain; auto: what the store has; unmatched: docs/sharing.md
     join: str = "key"  # how stores find their images in the source; content: those of other keys by the bytes of the images, which reads them all
     changed_images: str = "refuse"  # allow: train on images whose bytes are not those that the teacher saw
     precision: str = "auto"  # fp32 on the CPU, mixed bf16 or fp16 on a GPU
@@ -109,7 +109,7 @@ CHOICES = {
     "sigmoid_teacher": ("refuse", "allow", "split"),
     "token_standard": ("channel", "phi-s"),
     "projector": ("auto", "always"),
-    "views": ("auto", "stored", "plain"),
+    "views": ("auto", "stored", "plain", "unmatched"),
     "join": ("key", "content"),
     "changed_images": ("refuse", "allow"),
     "teacher_precision": ("fp32", "bf16", "fp16"),

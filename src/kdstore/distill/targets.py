@@ -130,7 +130,7 @@ def views_to_show(choice: str, stores: Sequence[Store], needs: tuple[str, ...]) 
     Raises MissingFeature if stored ones are asked for and there are none, or if an image array that the loss `needs` lacks targets of some;
     IdentityMismatch if stores have other views than each other.
     """
-    found = [None if choice == "plain" else stored_views(store) for store in stores]
+    found = [None if choice in ("plain", "unmatched") else stored_views(store) for store in stores]
     if choice == "stored" and None in (found or [None]):
         lacking = next((str(store.path) for store, views in zip(stores, found, strict=True) if views is None), "A run without a store")
         raise MissingFeature(f"{lacking} has no augmented views.", "Extract a store with --views K.")

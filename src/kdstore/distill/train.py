@@ -27,6 +27,7 @@ from kdstore.distill.building import Student, build_student, whole_student
 from kdstore.distill.config import MACHINE, DistillConfig
 from kdstore.distill.distributed import Share, World, joined, synchronised
 from kdstore.distill.fitting import fit_student
+from kdstore.distill.imported import check_imported
 from kdstore.distill.loop import Training, train
 from kdstore.distill.losses import EMBEDDINGS, needs_of, parse_loss, parts_of, terms_of
 from kdstore.distill.objective import Objective, Teacher
@@ -92,6 +93,7 @@ def _distill(
         if needs and not config.caches and not config.teacher and not live:
             raise ConfigError(f"The loss '{config.loss}' needs a teacher's {', '.join(needs)}, but there is no store.", "Give --cache STORE, or --loss none.")
         stores = open_stores(config.caches)
+        check_imported(config, stores, needs)
         stored = views_to_show(config.views, stores, needs)
         shown: tuple[Views, ...] = stored
         taught: tuple[Targets, ...] = live or tuple(StoreTargets(store, needs) for store in stores) if needs else ()

@@ -117,6 +117,8 @@ def _open_teacher(store: Store, name: str | None, pretrained: str | None, device
     identity = _objects(store.identity)
     said, seed = identity.get("teacher", {}), None
     if name is None:
+        if "imported" in said:
+            raise ModelError(f"{store.path} was imported and does not say which weights its teacher has.", "Name it with --teacher and --pretrained.")
         name, seed = str(said.get("name", "")).removesuffix(" (untrained)"), said.get("untrained_seed")
         if not name or _FILE_NAME.fullmatch(name):
             raise ModelError(f"The teacher {name or 'of ' + str(store.path)} came from a file or folder.", "Name it with --teacher and --pretrained.")

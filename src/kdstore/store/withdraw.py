@@ -162,7 +162,8 @@ class _Stage:
             files[path] = {"size": written.size, "sha256": written.sha256, "rows": [unit.start, unit.stop]}
         else:
             files[path] = self._linked(path, folder)
-        return {"files": files, "crcs": crcs}
+        valid = self.store.gather(f"{unit.side}/valid", np.arange(unit.start, unit.stop)).astype(bool)
+        return {"valid": int((valid & ~self.gone[unit.side][unit.start : unit.stop]).sum()), "files": files, "crcs": crcs}
 
     def _rewritten(self, spec: ArraySpec, number: int, file: Path) -> tuple[WrittenFile, npt.NDArray[np.uint32]]:
         """Write a shard again with the fill value in the rows that go."""
