@@ -62,11 +62,19 @@ def test_help_imports_no_stage():
     assert not loaded & {"torch", "open_clip", "zarr", "numpy", "datasets", "numba", "dask", "faiss", "pyarrow", "matplotlib", "scipy"}
 
 
-@pytest.mark.parametrize(
-    "command", [["extract"], ["distill"], ["evaluate", "vqa"], ["evaluate", "retrieval"], ["store", "verify"], ["list", "losses"], ["demo"]]
-)
+COMMANDS = [
+    "extract",
+    "distill",
+    *(f"evaluate {task}" for task in ("vqa", "zeroshot", "retrieval", "probe", "agreement")),
+    "store verify",
+    "list losses",
+    "demo",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, here):
-    done = here(*command, "--help")
+    done = here(*command.split(), "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
 
@@ -107,6 +115,13 @@ WRONG = {
         "other features",
     ),
     "unknown model": (["evaluate", "retrieval", "--model", "nothing"], "nothing"),
+    "nothing to score": (["evaluate", "retrieval"], "--model or --cache is needed"),
+    "no labels": (["evaluate", "zeroshot", "--model", "scenes-T"], "--data is needed: images with labels"),
+    "no such templates": (["evaluate", "zeroshot", "--cache", "STORE", "--templates", "imagenett"], "Did you mean imagenet"),
+    "labels that are not there": (["evaluate", "zeroshot", "--cache", "STORE"], "has a label"),
+    "agreement of one": (["evaluate", "agreement", "--cache", "STORE"], "found 0 of --model and 1 of --cache"),
+    "too few to agree on": (["evaluate", "agreement", "--cache", "STORE", "--cache", "STORE"], "and 2000 were asked for"),
+    "probe without labels": (["evaluate", "probe", "--train-cache", "STORE", "--cache", "STORE"], "has a label"),
     "unknown data set": (["evaluate", "vqa", "--model", "scenes-T", "--dataset", "vqa3"], "easy-vqa"),
     "missing VQA folder": (["evaluate", "vqa", "--model", "scenes-S", "--dataset", "easy-vqa", "--data-dir", "nowhere"], "nowhere"),
 }
@@ -203,7 +218,8 @@ def test_lists_name_what_can_be_named(here):
 
 def test_every_option_is_none_unless_given():
     """A default exists once, in the stage's dataclass."""
-    for command in (cli.extract, cli.distill, evaluate.evaluate_vqa, evaluate.evaluate_retrieval, cli.demo):
+    scores = (evaluate.evaluate_vqa, evaluate.evaluate_zeroshot, evaluate.evaluate_retrieval, evaluate.evaluate_probe, evaluate.evaluate_agreement)
+    for command in (cli.extract, cli.distill, *scores, cli.demo):
         for parameter in inspect.signature(command).parameters.values():
             assert parameter.default in (None, inspect.Parameter.empty) or parameter.name == "as_json", (command, parameter)
 

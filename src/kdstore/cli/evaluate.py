@@ -6,10 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kdstore.cli.options import Data, Device, Json, ModelOption, Recipe, Settings, config_of
+from kdstore.cli.options import Data, Device, Json, ModelOption, Out, Pretrained, Recipe, Seed, Settings, config_of
 from kdstore.cli.screen import bars, show
 
-evaluate_app = typer.Typer(rich_markup_mode=None, help="Score a model: visual question answering, retrieval.")
+evaluate_app = typer.Typer(rich_markup_mode=None, help="Score a model: visual question answering, zero-shot, retrieval, probes, agreement.")
+
+ScoredStore = Annotated[str | None, typer.Option("--cache", help="The store of a teacher's features, in place of its weights.")]
+LabelledData = Annotated[str | None, typer.Option("--data", help="A folder of class folders, scenes/test?probe=LABEL, or a source with ?probe=COLUMN.")]
+ClassNames = Annotated[str | None, typer.Option(help="A file with a name per line, or a set: imagenet, cifar10, stl10, digits.")]
 
 
 @evaluate_app.command("vqa")
@@ -45,12 +49,38 @@ def evaluate_vqa(
     show(result.content, as_json, text=markdown_table([result.content]))
 
 
+@evaluate_app.command("zeroshot")
+def evaluate_zeroshot(
+    model: ModelOption = None,
+    pretrained: Pretrained = None,
+    cache: ScoredStore = None,
+    data: LabelledData = None,
+    classnames: ClassNames = None,
+    templates: Annotated[str | None, typer.Option(help="A file with a template per line, {} for the name, or a set: photo (default), imagenet, ...")] = None,
+    out: Out = None,
+    device: Device = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Classify images by the names of their classes in templates: acc1, acc5, mean recall per class, or the mean average precision of several labels."""
+    from kdstore.evaluate import zeroshot
+
+    options = {"model": model, "pretrained": pretrained, "cache": cache, "data": data, "classnames": classnames, "templates": templates}
+    config = config_of(zeroshot.ZeroshotConfig, "zeroshot", recipe, settings, options | {"out": out, "device": device})
+    with bars() as on_progress:
+        result = zeroshot.evaluate_zeroshot(config, on_progress=on_progress)
+    _show_table(result.content, as_json)
+
+
 @evaluate_app.command("retrieval")
 def evaluate_retrieval(
     model: ModelOption = None,
-    pretrained: Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")] = None,
+    pretrained: Pretrained = None,
+    cache: ScoredStore = None,
     data: Data = None,
-    out: Annotated[str | None, typer.Option(help="Result file.")] = None,
+    index: Annotated[str | None, typer.Option(help="exact (default), or lists: approximate, for large sets.")] = None,
+    out: Out = None,
     device: Device = None,
     recipe: Recipe = None,
     settings: Settings = None,
@@ -58,10 +88,66 @@ def evaluate_retrieval(
 ) -> None:
     """Measure recall at 1, 5 and 10 of images by their captions and back, beside what repeated captions allow."""
     from kdstore.evaluate import retrieval
-    from kdstore.evaluate.results import markdown_table
 
-    options = {"model": model, "pretrained": pretrained, "data": data, "out": out, "device": device}
+    options = {"model": model, "pretrained": pretrained, "cache": cache, "data": data, "index": index, "out": out, "device": device}
     config = config_of(retrieval.RetrievalConfig, "retrieval", recipe, settings, options)
     with bars() as on_progress:
         result = retrieval.evaluate_retrieval(config, on_progress=on_progress)
-    show(result.content, as_json, text=markdown_table([result.content]))
+    _show_table(result.content, as_json)
+
+
+@evaluate_app.command("probe")
+def evaluate_probe(
+    model: ModelOption = None,
+    pretrained: Pretrained = None,
+    train_data: Annotated[str | None, typer.Option(help="Labelled images to train on.")] = None,
+    data: LabelledData = None,
+    train_cache: Annotated[str | None, typer.Option(help="In place of a model: the store of the training images.")] = None,
+    cache: ScoredStore = None,
+    classnames: ClassNames = None,
+    neighbours: Annotated[int | None, typer.Option(metavar="K", help="Nearest training images that vote.")] = None,
+    out: Out = None,
+    seed: Seed = None,
+    device: Device = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Train a linear probe and let the nearest neighbours vote, on frozen image embeddings."""
+    from kdstore.evaluate import probe
+
+    options: dict[str, Any] = {"model": model, "pretrained": pretrained, "train_data": train_data, "data": data, "train_cache": train_cache, "cache": cache}
+    options |= {"classnames": classnames, "neighbours": neighbours, "out": out, "seed": seed, "device": device}
+    config = config_of(probe.ProbeConfig, "probe", recipe, settings, options)
+    with bars() as on_progress:
+        result = probe.evaluate_probe(config, on_progress=on_progress)
+    _show_table(result.content, as_json)
+
+
+@evaluate_app.command("agreement")
+def evaluate_agreement(
+    model: Annotated[list[str] | None, typer.Option(help="A run folder, ARCH[:TAG], hf-hub:ORG/NAME, ...; the student first.")] = None,
+    cache: Annotated[list[str] | None, typer.Option(help="The store of a teacher's features.")] = None,
+    data: Data = None,
+    samples: Annotated[int | None, typer.Option(help="Images that every measure is taken on.")] = None,
+    out: Out = None,
+    seed: Seed = None,
+    device: Device = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a student with its teacher: --model RUN --cache STORE, two models or two stores (docs/evaluation.md has the measures)."""
+    from kdstore.evaluate import agreement
+
+    options = {"model": model or None, "cache": cache or None, "data": data, "samples": samples, "out": out, "seed": seed, "device": device}
+    config = config_of(agreement.AgreementConfig, "agreement", recipe, settings, options)
+    with bars() as on_progress:
+        result = agreement.evaluate_agreement(config, on_progress=on_progress)
+    show(result.content, as_json, text=agreement.measures_as_text(result.rows))
+
+
+def _show_table(content: dict[str, Any], as_json: bool) -> None:
+    from kdstore.evaluate.results import markdown_table
+
+    show(content, as_json, text=markdown_table([content]))

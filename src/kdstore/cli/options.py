@@ -19,7 +19,9 @@ SignedBy = Annotated[Path | None, typer.Option(metavar="FILE", help="Allowed sig
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
 ModelOption = Annotated[str | None, typer.Option(help="A run folder, ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher.")]
-SECTIONS = {"extract", "distill", "vqa", "retrieval", "demo"}
+Pretrained = Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")]
+Out = Annotated[str | None, typer.Option(help="Result file.")]
+SECTIONS = {"extract", "distill", "vqa", "zeroshot", "retrieval", "probe", "agreement", "demo"}
 
 
 def config_of(cls: type[C], section: str, recipe: Path | None, settings: list[str] | None, options: dict[str, Any]) -> C:

@@ -21,7 +21,7 @@ from kdstore.evaluate.outcomes import Outcomes, encode_outcomes, write_outcomes
 from kdstore.jsonfile import disk_error, read_json, write_json
 from kdstore.models.load import Model, parameter_counts
 
-STAGES = ("evaluate vqa", "evaluate retrieval")
+STAGES = ("evaluate vqa", "evaluate zeroshot", "evaluate retrieval", "evaluate probe", "evaluate agreement")
 
 
 def model_record(model: Model) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def model_record(model: Model) -> dict[str, Any]:
 
 def made_record(device: torch.device, seconds: float) -> dict[str, Any]:
     """Say with what and in which time a result was made."""
-    packages = ("torch", "open_clip_torch", "numpy", "faiss-cpu", "pillow")
+    packages = ("torch", "open_clip_torch", "numpy", "faiss-cpu", "scikit-learn", "pillow")
     return {
         "seconds": round(seconds, 1),
         "device": str(device),

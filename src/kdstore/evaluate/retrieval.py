@@ -1,45 +1,69 @@
-"""Image and text retrieval of a model on the pairs of a source, with the recall that the source's repeated captions allow.
+"""Image and text retrieval on the pairs of a source or of a store, with the recall that repeated captions allow.
 
-Images that cannot be decoded, and images without a caption, are left out with their captions, and counted.
+Images that cannot be decoded, and images without a caption, are left out with their captions, and counted; labels (captions of the kind `probe`) are no
+captions here. Every candidate is looked at unless `index=lists` is asked for, which says what it misses.
+
+N images, M texts, D width, K depth.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from kdstore.config import as_dict, config_digest
-from kdstore.data.source import Source, UndecodableImage
-from kdstore.data.sources import open_source
-from kdstore.errors import ConfigError, EvaluationError
+from kdstore.config import as_dict
+from kdstore.data.source import PROBE
+from kdstore.errors import ConfigError, UnknownName
+from kdstore.evaluate.gallery import (
+    Array,
+    Gallery,
+    Images,
+    check_subject,
+    data_record,
+    open_gallery,
+    open_model,
+    protocol_digest,
+    subject_record,
+    usable_images,
+)
 from kdstore.evaluate.outcomes import Outcomes, Run
-from kdstore.evaluate.results import check_out, made_record, model_record, write_result
-from kdstore.metrics.retrieval import KS, recall_ceiling, recall_of_hits, retrieval_hits
-from kdstore.models.encode import encode_image, encode_text, in_batches
-from kdstore.models.load import Model, load_model
+from kdstore.evaluate.results import check_out, made_record, write_result
+from kdstore.metrics.neighbours import exact_search, list_search, share_found
+from kdstore.metrics.retrieval import KS, hits_of_ranking, nearest_both_ways, recall_ceiling, recall_of_hits
+from kdstore.metrics.unit import unit_rows
 from kdstore.progress import OnProgress, silent
+
+INDEXES = ("exact", "lists")
+DATA = "scenes/retrieval:1000"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
     """What is evaluated on which pairs."""
 
-    model: str
+    model: str | None = None
     pretrained: str | None = None
-    data: str = "scenes/retrieval:1000"
+    cache: str | None = None  # a store whose embeddings are scored, without a model
+    data: str | None = None  # None: the captions of the store; without a store, scenes
+    index: str = "exact"  # or lists: approximate, for large sets
+    probes: int = 32  # of about 4 sqrt(candidates) lists, how many a query looks at
+    index_sample: int = 1000  # queries of either direction that are searched exactly too, to say what lists miss
     device: str = "auto"
     precision: str = "fp32"
     encode_batch: int = 256
     out: str | None = None  # result file
 
     def __post_init__(self) -> None:
-        if self.encode_batch < 1:
-            raise ConfigError(f"'encode_batch' must be at least 1, found {self.encode_batch}.", "Correct encode_batch.")
+        check_subject(self.model, self.cache)
+        if self.index not in INDEXES:
+            raise UnknownName.of("index", self.index, INDEXES)
+        for name in ("encode_batch", "probes", "index_sample"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
 
 
 @dataclass(frozen=True)
@@ -57,82 +81,65 @@ def evaluate_retrieval(config: RetrievalConfig, *, on_progress: OnProgress = sil
     """Measure recall at 1, 5 and 10 in both directions; writes the result file if one is named."""
     check_out(config.out)
     started = time.perf_counter()
-    source = open_source(config.data)
-    model = load_model(config.model, config.pretrained, device=config.device, precision=config.precision)
-    if model.name.notice:
-        on_progress("notice", 0, 0, model.name.notice)
-    pairs = _encode_pairs(model, source, config.encode_batch, on_progress)
-    on_progress("recall", 0, 1, f"{len(pairs.image_ND)} images, {len(pairs.captions)} texts")
-    hits = retrieval_hits(pairs.image_ND, pairs.text_MD, pairs.image_of_text_M, max(KS))
+    data = config.data or (None if config.cache else DATA)
+    model = open_model(config.model, config.pretrained, config.device, config.precision, on_progress)
+    subject, gallery = open_gallery(model, config.cache, data, config.encode_batch, on_progress)
+    pairs = _embed_pairs(gallery)
+    on_progress("recall", 0, 1, f"{len(pairs.images.keys)} images, {len(pairs.captions)} texts")
+    found = nearest_both_ways(pairs.images.image_ND, pairs.text_MD, max(KS), exact_search if config.index == "exact" else list_search(config.probes))
+    hits = hits_of_ranking(*found, pairs.image_of_text_M)
     recall = recall_of_hits(*hits)
     ceiling = recall_ceiling(pairs.captions, pairs.image_of_text_M)
     on_progress("recall", 1, 1, "")
     content = {
         "stage": "evaluate retrieval",
-        "model": model_record(model),
-        "data": {"source": source.spec, "num_images": len(pairs.image_ND), "num_texts": len(pairs.captions), "left_out": pairs.left_out},
+        "model": subject_record(subject),
+        "data": {"evaluated": {**data_record(gallery.spec, pairs.images, pairs.images.captions), "num_texts": len(pairs.captions)}},
         "config": as_dict(config),
-        "config_digest": config_digest(config, leave_out=("model", "pretrained", "device", "encode_batch", "out")),
+        "config_digest": protocol_digest(config),
         "recall_at": list(KS),
+        "index": {"kind": config.index} | ({} if config.index == "exact" else _shares_found(pairs, found, config.index_sample)),
         "rows": [{"row": "model", "scores": recall}, {"row": "ceiling", "scores": ceiling}],
-        "made": made_record(model.device, time.perf_counter() - started),
+        "made": made_record(model.device if model else torch.device("cpu"), time.perf_counter() - started),
     }
-    return RetrievalResult(recall, ceiling, len(pairs.image_ND), len(pairs.captions), write_result(config.out, content, _outcomes(pairs, *hits)))
+    return RetrievalResult(recall, ceiling, len(pairs.images.keys), len(pairs.captions), write_result(config.out, content, _outcomes(pairs, *hits)))
 
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    image_ND: np.ndarray
-    text_MD: np.ndarray
-    image_of_text_M: np.ndarray
+    images: Images
+    text_MD: Array
+    image_of_text_M: Array
     captions: list[str]
-    left_out: dict[str, int]
 
 
-def _outcomes(pairs: _Pairs, image_hit_MK: np.ndarray, text_hit_NK: np.ndarray) -> Outcomes:
-    """Turn hits into outcomes: an item is a query's number, its group the number of its image; the model draws nothing, so there is no seed."""
-    sides = (("image", image_hit_MK, pairs.image_of_text_M), ("text", text_hit_NK, np.arange(len(pairs.image_ND))))
-    kinds = [(f"{side}_retrieval_recall@{k}", np.asarray(hit[:, :k].any(axis=1)), images) for side, hit, images in sides for k in KS]
+def _embed_pairs(gallery: Gallery) -> _Pairs:
+    images = usable_images(gallery, lambda caption: caption.kind != PROBE, "caption")
+    captions = [text for of_image in images.captions for text in of_image]
+    image_of_text_M = np.repeat(np.arange(len(images.keys)), [len(of_image) for of_image in images.captions])
+    return _Pairs(images, gallery.embed_texts(captions), image_of_text_M, captions)
+
+
+def _shares_found(pairs: _Pairs, found: tuple[Array, Array], num_queries: int) -> dict[str, Any]:
+    """Say which share of the exact nearest a sample of the queries has found, in percent, in either direction."""
+    image_ND, text_MD = pairs.images.image_ND, pairs.text_MD
+    shares: dict[str, Any] = {"sample": num_queries}
+    for side, found_QK, query_QD, candidate_CD in (("image", found[0], text_MD, image_ND), ("text", found[1], image_ND, text_MD)):
+        some = np.random.default_rng(0).permutation(len(query_QD))[:num_queries]
+        shares[f"{side}_nearest_{found_QK.shape[1]}_found"] = share_found(found_QK[some], unit_rows(query_QD[some]), unit_rows(candidate_CD))
+    return shares
+
+
+def _outcomes(pairs: _Pairs, image_hit_MK: Array, text_hit_NK: Array) -> Outcomes:
+    """Turn hits into outcomes: an item is an image's key, with the caption's number for a text; the model draws nothing, so there is no seed."""
+    of_text = [pairs.images.keys[image] for image in pairs.image_of_text_M]
+    first_M = np.searchsorted(pairs.image_of_text_M, pairs.image_of_text_M)
+    texts = [f"{key}#{m - first}" for m, (key, first) in enumerate(zip(of_text, first_M, strict=True))]
+    sides = (("image", image_hit_MK, texts, of_text), ("text", text_hit_NK, pairs.images.keys, pairs.images.keys))
+    kinds = [(f"{side}_retrieval_recall@{k}", np.asarray(hit[:, :k].any(axis=1)), items, groups) for side, hit, items, groups in sides for k in KS]
     return Outcomes(
-        item_N=[str(query) for _, hit, _ in kinds for query in range(len(hit))],
-        group_N=[str(image) for _, _, images in kinds for image in images],
-        kind_N=[kind for kind, hit, _ in kinds for _ in hit],
-        runs=(Run("model", None, 100.0 * np.concatenate([hit for _, hit, _ in kinds])),),
+        item_N=[item for _, _, items, _ in kinds for item in items],
+        group_N=[group for _, _, _, groups in kinds for group in groups],
+        kind_N=[kind for kind, hit, _, _ in kinds for _ in hit],
+        runs=(Run("model", None, 100.0 * np.concatenate([hit for _, hit, _, _ in kinds])),),
     )
-
-
-def _encode_pairs(model: Model, source: Source, batch: int, on_progress: OnProgress) -> _Pairs:
-    left_out = {"without a caption": 0, "undecodable": 0}
-    rows: list[int] = []
-    images: list[torch.Tensor] = []
-    for batch_rows, image_BCHW in _usable_images(model, source, batch, left_out, on_progress):
-        rows += batch_rows
-        images.append(encode_image(model, image_BCHW).cpu())
-    if not rows:
-        raise EvaluationError(f"{source.spec} has no image with a caption that can be decoded.", "Name a source of captioned images.")
-    texts = [[caption.text for caption in source.captions(row)] for row in rows]
-    captions = [text for of_image in texts for text in of_image]
-    image_of_text_M = np.repeat(np.arange(len(rows)), [len(of_image) for of_image in texts])
-    on_progress("texts", 0, len(captions), "")
-    text_MD = in_batches(lambda some: encode_text(model, some), captions, batch)
-    on_progress("texts", len(captions), len(captions), "")
-    return _Pairs(torch.cat(images).numpy(), text_MD.numpy(), image_of_text_M, captions, {reason: n for reason, n in left_out.items() if n})
-
-
-def _usable_images(model: Model, source: Source, batch: int, left_out: dict[str, int], on_progress: OnProgress) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield batches of (rows, preprocessed images) of the pairs that can be scored; counts the others in `left_out`."""
-    rows: list[int] = []
-    images: list[torch.Tensor] = []
-    for i in range(len(source)):
-        if not source.captions(i):
-            left_out["without a caption"] += 1
-        else:
-            try:
-                images.append(model.preprocess(source.image(i).image))
-                rows.append(i)
-            except UndecodableImage:
-                left_out["undecodable"] += 1
-        if rows and (len(rows) == batch or i + 1 == len(source)):
-            yield rows, torch.stack(images)
-            rows, images = [], []
-            on_progress("images", i + 1, len(source), "")

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from kdstore.errors import EvaluationError
-from kdstore.metrics.neighbours import top_k
+from kdstore.metrics.neighbours import nearest, top_k
 from kdstore.metrics.unit import unit_rows
 
 _ROWS_AT_ONCE = 4096
@@ -41,6 +41,19 @@ def classification_scores(rank_N: np.ndarray, label_N: np.ndarray, num_classes: 
     if num_classes >= 5:
         scores["acc5"] = 100 * float((rank_N < 5).mean())
     return {**scores, "mean_per_class_recall": 100 * float(recalls.mean())}
+
+
+def neighbour_votes(train_ND: np.ndarray, label_N: np.ndarray, query_QD: np.ndarray, num_classes: int, *, k: int = 20, temperature: float = 0.07) -> np.ndarray:
+    """Return each class's votes [Q, C], float64: exp(cosine / temperature) of those of the k nearest training rows that are of the class.
+
+    DINO's protocol: Caron et al. 2021 (arXiv 2104.14294), after Wu et al. 2018 (arXiv 1805.01978). Raises EvaluationError for fewer training rows than k.
+    """
+    if not 1 <= k <= len(train_ND):
+        raise EvaluationError(f"{k} neighbours were asked for among {len(train_ND)} training rows.", "Ask for fewer.")
+    cosine_QK, row_QK = nearest(unit_rows(query_QD), unit_rows(train_ND), k)
+    vote_QC = np.zeros((len(query_QD), num_classes))
+    np.add.at(vote_QC, (np.arange(len(query_QD))[:, None], label_N[row_QK]), np.exp(cosine_QK.astype(np.float64) / temperature))
+    return vote_QC
 
 
 def mean_average_precision(score_NC: np.ndarray, truth_NC: np.ndarray) -> float:

@@ -38,12 +38,20 @@ def retrieval_hits(
     image_ND: np.ndarray, text_MD: np.ndarray, image_of_text_M: np.ndarray, depth: int, search: Callable[[Array], Search] = exact_search
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return where each text's image and where a text of each image stand: bool [M, depth] and [N, depth], best first; raises as `retrieval_recall`."""
+    found = nearest_both_ways(image_ND, text_MD, depth, search)
+    return hits_of_ranking(*found, _checked_pairs(image_of_text_M, len(image_ND), len(text_MD)))
+
+
+def nearest_both_ways(image_ND: np.ndarray, text_MD: np.ndarray, depth: int, search: Callable[[Array], Search] = exact_search) -> tuple[Array, Array]:
+    """Return the rows of each text's nearest images [M, depth] and of each image's nearest texts [N, depth], by cosine, best first."""
     image_ND, text_MD = finite_unit_rows(image_ND, "image embeddings"), finite_unit_rows(text_MD, "text embeddings")
-    image_of_text_M = _checked_pairs(image_of_text_M, len(image_ND), len(text_MD))
-    image_of_text_MK = nearest(text_MD, image_ND, depth, search)[1]
-    text_of_image_NK = nearest(image_ND, text_MD, depth, search)[1]
+    return nearest(text_MD, image_ND, depth, search)[1], nearest(image_ND, text_MD, depth, search)[1]
+
+
+def hits_of_ranking(image_of_text_MK: Array, text_of_image_NK: Array, image_of_text_M: Array) -> tuple[Array, Array]:
+    """Return where each text's image and where a text of each image stand, as `retrieval_hits` does."""
     image_hit_MK = image_of_text_MK == image_of_text_M[:, None]
-    text_hit_NK = (image_of_text_M[text_of_image_NK] == np.arange(len(image_ND))[:, None]) & (text_of_image_NK >= 0)
+    text_hit_NK = (image_of_text_M[text_of_image_NK] == np.arange(len(text_of_image_NK))[:, None]) & (text_of_image_NK >= 0)
     return image_hit_MK, text_hit_NK
 
 
