@@ -211,9 +211,11 @@ def test_the_average_is_that_of_the_weights_after_each_step() -> None:
         expected = torch.zeros(1, 2)
         for step in range(1, 30):
             student.weight.copy_(torch.tensor([[step, -(step**2)]]))
-            average.update(student, step)
+            average.update(student, step, torch.tensor(False))
             decay = min(0.5, (1 + step) / (10 + step))
             expected = decay * expected + (1 - decay) * student.weight
+        student.weight.fill_(7)
+        average.update(student, 30, torch.tensor(True))
     torch.testing.assert_close(average.student.weight.detach(), expected)
 
 
@@ -230,6 +232,15 @@ def test_the_average_is_kept_resumed_and_exported_as_a_student_of_its_own(config
     file = "ema/open_clip_model.safetensors"
     assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert read_json(tmp_path / "run" / "run.json")["ema"] == {"decay": 0.9, "student": "ema"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 4, "grad_checkpointing": True}])
+def test_a_compiled_student_trains_as_one_that_is_not(changes: dict[str, Any], config: DistillConfig, gridded: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, loss="clip-kd", student=gridded, **changes)
+    distill(config)
+    distill(dataclasses.replace(config, compile=True, out=str(tmp_path / "compiled")))
+    np.testing.assert_allclose(numbers(tmp_path / "compiled"), numbers(tmp_path / "run"), rtol=2e-3, atol=1e-4)
 
 
 # Signals

@@ -8,7 +8,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Average:
@@ -22,9 +22,11 @@ class Average:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, student: nn.Module, step: int) -> None:
-        """Move towards the weights that a student has after `step` steps."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.student.parameters()), list(student.parameters()), weight)
+    def update(self, student: nn.Module, step: int, skipped: Tensor) -> None:
+        """Move towards the weights that a student has after `step` steps; stay where `skipped`, a bool on their device, says that the step changed nothing."""
+        weights: list[Tensor] = list(self.student.parameters())
+        towards = list(torch._foreach_sub(list[Tensor](student.parameters()), weights))
+        torch._foreach_mul_(towards, (1 - min(self.decay, (1 + step) / (10 + step))) * ~skipped)
+        torch._foreach_add_(weights, towards)
         for mine, its in zip(self.student.buffers(), student.buffers(), strict=True):
             mine.copy_(its)

@@ -66,6 +66,7 @@ class Training:
         self.parameters = [p for p in (*self.clip.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimiser = make_optimiser(self.parameters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self.max_log_scale = max(MAX_LOG_SCALE, self.clip.logit_scale.item())  # type: ignore[operator]  # published SigLIP models begin above it
         self.average = Average(self.clip, c.ema) if c.ema else None
         self.statistics = [buffer for module in self.clip.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
         self.statistics_of = self.share.piece * self.share.world.size if self.statistics else None  # batch norm's; it is synchronised
@@ -109,10 +110,10 @@ class Training:
         with torch.no_grad():
             for buffer, before in zip(self.statistics, statistics, strict=True):
                 buffer.copy_(torch.where(broken, before, buffer))
-            self.clip.logit_scale.clamp_(0, MAX_LOG_SCALE)  # type: ignore[operator]
+            self.clip.logit_scale.clamp_(0, self.max_log_scale)  # type: ignore[operator]
         self.step += 1
         if self.average is not None:
-            self.average.update(self.clip, self.step)
+            self.average.update(self.clip, self.step, broken)
         return torch.stack([loss, *values.values(), norm, scale.squeeze()]).detach()
 
     def _encode_piece(self, batch: Batch, i: int) -> Encoded:
