@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from kdstore.data.scenes import Scenes
 from kdstore.distill.building import carry_text, config_with_text_of
 from kdstore.distill.config import DistillConfig
-from kdstore.distill.runfolder import AVERAGE, export_student
+from kdstore.distill.runfolder import AVERAGE
 from kdstore.distill.train import distill
 from kdstore.errors import ConfigError, KdstoreError, ModelError, RunError, UnknownName
 from kdstore.jsonfile import read_json
+from kdstore.models.checkpoint import export_model
 from kdstore.models.encode import encode_text
 from kdstore.models.load import Model, load_model, weights_sha256
 from kdstore.store import open_store
@@ -33,7 +34,7 @@ TEXTS = ["a red circle", "two hollow stars and a blue square", ""]
 def teacher_folder(teacher: Model, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The session's teacher as a model folder: the name in its store leads to no weights."""
     folder = tmp_path_factory.mktemp("teacher")
-    export_student(folder, teacher.clip, teacher.config)
+    export_model(folder, teacher.clip, teacher.config)
     return str(folder)
 
 
@@ -167,7 +168,7 @@ def test_text_towers_of_every_family_give_the_same_embeddings_in_a_student_of_ei
     changed = config_with_text_of(teacher.config["model_cfg"])
     student = load_model(str(tmp_path / f"student-{family}-{custom}.json"), untrained=True, seed=2, device="cpu", changed=changed)
     carry_text(student, teacher)
-    export_student(tmp_path, student.clip, student.config)
+    export_model(tmp_path, student.clip, student.config)
     torch.testing.assert_close(texts_of(tmp_path), encode_text(teacher, TEXTS))
 
 
@@ -182,7 +183,7 @@ def test_a_tokenizer_that_has_files_goes_with_the_text_tower(tmp_path: Path) -> 
     student = load_model("scenes-T", untrained=True, device="cpu", changed=config_with_text_of(teacher.config["model_cfg"]))
     carry_text(student, teacher)
     (tmp_path / "run").mkdir()
-    export_student(tmp_path / "run", student.clip, student.config, student.tokenizer)
+    export_model(tmp_path / "run", student.clip, student.config, student.tokenizer)
     torch.testing.assert_close(texts_of(tmp_path / "run"), encode_text(teacher, TEXTS))
 
 
@@ -222,7 +223,7 @@ def test_of_several_teachers_the_first_gives_the_text_tower(config: DistillConfi
 def test_weights_of_another_teacher_are_refused(text_tower: str, config: DistillConfig, teacher: Model, tmp_path: Path) -> None:
     other = load_model("scenes-T", untrained=True, seed=8, device="cpu")
     (tmp_path / "other").mkdir()
-    export_student(tmp_path / "other", other.clip, other.config)
+    export_model(tmp_path / "other", other.clip, other.config)
     with pytest.raises(ModelError, match="has not the weights of the store's teacher scenes-T"):
         distill(dataclasses.replace(config, text_tower=text_tower, teacher_weights=str(tmp_path / "other")))
 
@@ -267,7 +268,7 @@ def test_a_smaller_student_inherits_and_trains(config: DistillConfig, student: s
     large["model_cfg"]["text_cfg"].update(width=32, heads=4, layers=2)
     (tmp_path / "large").mkdir()
     clip = open_clip.CLIP(**large["model_cfg"])
-    export_student(tmp_path / "large", clip, large)
+    export_model(tmp_path / "large", clip, large)
     config = dataclasses.replace(config, init=f"inherit:{tmp_path / 'large'}")
     distill(dataclasses.replace(config, lr=0.0, out=str(tmp_path / "start")))
     start = plain(tmp_path / "start")

@@ -22,8 +22,8 @@ from kdstore.distill.distributed import Share, World
 from kdstore.distill.loop import Training
 from kdstore.distill.objective import Objective
 from kdstore.distill.pairs import pairs_of_source
-from kdstore.distill.runfolder import export_student
 from kdstore.distill.students import STUDENTS, count, table
+from kdstore.models.checkpoint import export_model
 from kdstore.models.cost import cost_of
 from kdstore.models.load import load_model, parameter_counts
 from kdstore.models.pixels import Kept, split_preprocess
@@ -47,7 +47,7 @@ def test_a_student_takes_a_step_and_its_export_is_the_same_model(name: str, tmp_
     idle = [name for name, weight in model.clip.named_parameters() if weight.grad is None or not weight.grad.isfinite().all()]
     assert idle == [], "every weight is trained"
 
-    export_student(tmp_path, model.clip.eval(), model.config)
+    export_model(tmp_path, model.clip.eval(), model.config)
     exported, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}", require_pretrained=True)
     image_BCHW = preprocess(source.image(0).image)[None]
     tokens_BL = open_clip.get_tokenizer(f"local-dir:{tmp_path}")([source.captions(0)[0].text])

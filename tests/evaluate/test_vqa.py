@@ -18,7 +18,7 @@ from kdstore.evaluate.datasets import VQA_DATASETS, open_vqa
 from kdstore.evaluate.datasets.form import VqaSplit
 from kdstore.evaluate.features import image_features
 from kdstore.evaluate.outcomes import read_outcomes
-from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
+from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig, parse_seeds
 from kdstore.evaluate.results import markdown_table, read_result
 from kdstore.evaluate.vqa import VqaResult, evaluate_vqa
 from kdstore.jsonfile import digest_of, write_json
@@ -206,6 +206,8 @@ def test_wrong_settings_get_one_clear_line_before_any_work(model_folder: Path, t
     for settings in ({"train_split": "test"}, {"train_split": "train+test"}, {"lookup": "exact"}, {"early_stopping": 1.0}, {"mode": "head+last-0"}):
         with pytest.raises(ConfigError, match="must"):
             small(model_folder, **settings)
+    with pytest.raises(ConfigError, match="no list of seeds"):
+        parse_seeds("0;1")
     with pytest.raises(ConfigError, match="Either a model or stores"):
         small(model_folder, features="store/x")
     with pytest.raises(ConfigError, match="no result file"):

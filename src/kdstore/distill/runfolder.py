@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from kdstore.errors import RunError
@@ -74,19 +72,6 @@ def read_checkpoint(path: Path) -> bytes:
 def load_checkpoint(content: bytes, path: Path, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Understand a checkpoint without running code from it; raises RunError if it is damaged or of another run."""
     return parse_checkpoint(content, path / CHECKPOINT, digest_of(settings), device)
-
-
-def export_student(path: Path, clip: nn.Module, config: dict[str, Any], tokenizer: Any = None) -> None:
-    """Write the student so that `open_clip.create_model("local-dir:PATH")` loads it; `config` is open_clip's, with `model_cfg` and `preprocess_cfg`.
-
-    A tokenizer that has files of its own (Hugging Face's) goes with it, because open_clip looks for them in the same folder.
-    """
-    path.mkdir(exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in clip.state_dict().items()}
-    write_bytes(path / "open_clip_model.safetensors", save(weights))
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(path)
-    write_bytes(path / "open_clip_config.json", json.dumps(config, indent=1).encode() + b"\n")
 
 
 class Log:

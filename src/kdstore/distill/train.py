@@ -34,13 +34,14 @@ from kdstore.distill.objective import Objective, Teacher
 from kdstore.distill.online import OnlineTargets, online_targets
 from kdstore.distill.optimiser import choose_precision
 from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_stores, sides_of
-from kdstore.distill.runfolder import AVERAGE, RUN, begin_run, export_student, load_checkpoint, read_checkpoint, run_state
+from kdstore.distill.runfolder import AVERAGE, RUN, begin_run, load_checkpoint, read_checkpoint, run_state
 from kdstore.distill.targets import StoreTargets, Targets, check_views, open_stores, views_to_show
 from kdstore.distill.teachers import check_loss, describe_teachers, match_temperatures
 from kdstore.distill.validation import make_validation
 from kdstore.distill.views import Views
 from kdstore.errors import ConfigError, RunError
 from kdstore.jsonfile import digest_of, read_json, write_json
+from kdstore.models.checkpoint import export_model
 from kdstore.models.load import DTYPES, Model, parameter_counts
 from kdstore.models.names import local_config
 from kdstore.models.pixels import Kept, split_preprocess
@@ -222,9 +223,9 @@ def _export(path: Path, student: Student, t: Training, store: Store | None) -> S
     """Write the trained student, and beside it the average of its weights; returns the student as one model of open_clip."""
     if t.average is not None:
         averaged = whole_student(dataclasses.replace(student, model=dataclasses.replace(student.model, clip=t.average.student)), t.config, store).model
-        export_student(path / AVERAGE, averaged.clip.eval(), averaged.config, averaged.tokenizer)
+        export_model(path / AVERAGE, averaged.clip.eval(), averaged.config, averaged.tokenizer)
     student = whole_student(student, t.config, store)
-    export_student(path, student.model.clip.eval(), student.model.config, student.model.tokenizer)
+    export_model(path, student.model.clip.eval(), student.model.config, student.model.tokenizer)
     return student
 
 

@@ -95,7 +95,8 @@ def fit_head(
                 fit.look(stage)
                 save()
                 where = f"; {kept.path.parent} holds a checkpoint" if kept else ""
-                raise Interrupted(f"Stopped at step {fit.step} of {fit.num_steps} of {stage}{where}.", "The same command goes on from there.", signum)
+                hint = "The same command goes on from there." if kept else "Give --out FILE to keep what is finished."
+                raise Interrupted(f"Stopped at step {fit.step} of {fit.num_steps} of {stage}{where}.", hint, signum)
             if fit.step == fit.num_steps or fit.stale == config.patience:
                 return fit.finish()
             loss = fit.take()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import kdstore
 from kdstore.config import as_dict
 from kdstore.errors import EvaluationError
@@ -18,8 +20,10 @@ from kdstore.evaluate.fit import Kept
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
 from kdstore.evaluate.task import VqaTask, split_digest
 from kdstore.jsonfile import digest_of, disk_errors, make_folders, read_json, write_json
+from kdstore.models.checkpoint import export_model, write_tensors
+from kdstore.models.load import Model
 
-ANSWERS, CHECKPOINT = "answers.json", "checkpoint.pt"
+ANSWERS, CHECKPOINT, HEAD = "answers.json", "checkpoint.pt", "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,19 @@ def kept_answers(row: Row, out: str | None) -> dict[str, Any] | None:
 
 
 def keep_answers(row: Row, out: str | None, content: dict[str, Any]) -> None:
-    """Keep a finished row: `answers`, one for each question of the evaluated split, and what is said of its head."""
+    """Keep a finished row: `answers`, one for each question of the evaluated split, and what is said of its head; its checkpoint goes."""
     folder = row.folder(out)
     if folder is not None:
         write_json(folder / ANSWERS, {**content, "settings": row.settings})
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def keep_model(row: Row, out: str | None, model: Model, head: nn.Module) -> None:
+    """Keep a tuned model as a folder that `--model` takes, and its head beside it."""
+    folder = row.folder(out)
+    assert folder is not None, "a tower is not trained without a result file"
+    export_model(folder, model.clip, model.config, model.tokenizer)
+    write_tensors(folder / HEAD, head)
 
 
 def checkpoint_of(row: Row, out: str | None) -> Kept | None:

@@ -31,7 +31,7 @@ from kdstore.evaluate.outcomes import Outcomes, Run
 from kdstore.evaluate.packing import QuestionRows, pack_questions
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
-from kdstore.evaluate.rows import Row, checkpoint_of, keep_answers, kept_answers, row_of
+from kdstore.evaluate.rows import Row, checkpoint_of, keep_answers, keep_model, kept_answers, row_of
 from kdstore.evaluate.sights import Sight, Subject, frozen_sights, open_subject, tuned_sight
 from kdstore.evaluate.task import Asked, VqaTask, open_task
 from kdstore.metrics.scores import Scores, rounded_percent
@@ -146,6 +146,8 @@ def _answered(row: Row, config: VqaConfig, task: VqaTask, sight: Sight, device: 
         on_progress=on_progress,
         stage=f"{row.name}, seed {row.seed}",
     )
+    if "tower" in parts and sight.model is not None:
+        keep_model(row, config.out, sight.model, head)
     numbers = answer_questions(parts, evaluated, _packed(task.evaluated.questions, words), device)
     return {
         "answers": [task.vocabulary.spellings[i] for i in numbers],

@@ -1,15 +1,19 @@
-"""Checkpoints of training: one file of tensors and plain values, which says of which settings it is and runs no code when it is read."""
+"""What training leaves: checkpoints, which say of which settings they are and run no code when they are read, and models as folders."""
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from torch import nn
 
 from kdstore.errors import RunError
+from kdstore.jsonfile import write_bytes
 
 
 def checkpoint_bytes(state: dict[str, Any]) -> bytes:
@@ -29,3 +33,20 @@ def parse_checkpoint(content: bytes, path: Path, settings: str, device: torch.de
     if state.get("settings") != settings:
         raise RunError(f"{path} belongs to another run.", "Remove it to start this run again.")
     return state
+
+
+def export_model(path: Path, clip: nn.Module, config: dict[str, Any], tokenizer: Any = None) -> None:
+    """Write a model so that `open_clip.create_model("local-dir:PATH")` loads it; `config` is open_clip's, with `model_cfg` and `preprocess_cfg`.
+
+    A tokenizer that has files of its own (Hugging Face's) goes with it, because open_clip looks for them in the same folder.
+    """
+    path.mkdir(exist_ok=True)
+    write_tensors(path / "open_clip_model.safetensors", clip)
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(path)
+    write_bytes(path / "open_clip_config.json", json.dumps(config, indent=1).encode() + b"\n")
+
+
+def write_tensors(path: Path, module: nn.Module) -> None:
+    """Write a module's tensors as a safetensors file, atomically."""
+    write_bytes(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}))
