@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,11 +27,12 @@ class Web:
         self.forever = False
         self.ranges = True
         self.asked: list[tuple[str, str | None, dict[str, str]]] = []
-        self.sent = 0
+        self.sent: Counter[str] = Counter()
         self.pause = 0.0
         self._lock = threading.Lock()
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *who: None  # clients that are killed
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     @property
@@ -43,9 +44,9 @@ class Web:
             faults = self.faults[path] or self.faults["*"]
             return (faults[0] if self.forever else faults.pop(0)) if faults else ""
 
-    def count(self, size: int) -> None:
+    def count(self, path: str, size: int) -> None:
         with self._lock:
-            self.sent += size
+            self.sent[path] += size
 
     def _handler(self) -> type[http.server.BaseHTTPRequestHandler]:
         web = self
@@ -58,7 +59,7 @@ class Web:
 
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0].lstrip("/")
-                web.asked.append((path, self.headers.get("Range"), dict(self.headers)))
+                web.asked.append((path, self.headers.get("Range"), {name.title(): value for name, value in self.headers.items()}))
                 answer(self, web, path, web.fault_of(path))
 
         return Handler
@@ -99,7 +100,7 @@ def answer(to: http.server.BaseHTTPRequestHandler, web: Web, path: str, fault: s
     if kind in ("short", "reset", "slow"):
         begin(to, status, headers | {"Content-Length": str(len(body))})
         half = body[: max(1, len(body) // 2)]
-        web.count(len(half))
+        web.count(path, len(half))
         to.wfile.write(half)
         to.wfile.flush()
         if kind == "slow":
@@ -137,7 +138,7 @@ def send(
         for at in range(0, len(body), step):
             to.wfile.write(body[at : at + step])
             if web:
-                web.count(len(body[at : at + step]))
+                web.count(to.path.lstrip("/"), len(body[at : at + step]))
                 time.sleep(web.pause)
     except OSError:
         pass

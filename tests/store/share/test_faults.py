@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
-from kdstore.errors import DamagedStore, IdentityMismatch, IncompleteStore, StoreError, StoreNotFound, TransferError
+from kdstore.errors import DamagedStore, DiskFull, IdentityMismatch, IncompleteStore, StoreError, StoreNotFound, TransferError
 from kdstore.store import open_store, verify_store
 from kdstore.store.layout import BESIDE
 from kdstore.store.share import pull_store
@@ -20,28 +23,49 @@ def whole(path, pristine):
     return report.ok and report.digest == open_store(pristine).digest and not report.absent and not (path / "_build").exists()
 
 
-@pytest.mark.parametrize("fault", PASSING)
-def test_what_passes_is_waited_for(web, pristine, tmp_path, patience, fault):
-    web.faults[SHARD] = [fault, fault] if fault != "hang" else [fault]
+def test_what_passes_is_waited_for(web, pristine, tmp_path, patience):
+    shards = sorted(path for path in open_store(pristine).manifest["files"] if "/c/" in path)
+    for shard, fault in zip(shards, PASSING, strict=False):
+        web.faults[shard] = ["short", fault]  # of an answer to a range, too
     pulled = pull_store(web.url, tmp_path / "pulled", patience=patience)
     assert pulled.whole
     assert whole(tmp_path / "pulled", pristine)
+    assert not any(web.faults.values())  # all of them came
 
 
-@pytest.mark.parametrize("fault", LASTING)
-def test_what_lasts_names_the_file_and_the_mirror_has_it(web, mirror, pristine, tmp_path, patience, fault):
-    web.faults[SHARD], web.forever = [fault], True
-    target = tmp_path / "pulled"
-    with pytest.raises(TransferError, match=SHARD) as refused:
+def test_what_lasts_names_the_files_and_the_mirror_has_them(web, mirror, pristine, tmp_path, patience):
+    target, shards = tmp_path / "pulled", sorted(path for path in open_store(pristine).manifest["files"] if "/c/" in path)
+    failing = dict(zip(shards, LASTING, strict=False))
+    web.faults.update({path: [fault] for path, fault in failing.items()})
+    web.forever = True
+    with pytest.raises(TransferError, match=f"{len(LASTING)} of 57 files") as refused:
         pull_store(web.url, target, patience=patience)
+    assert all(path in str(refused.value) for path in shards[:4])
     assert "word" not in str(refused.value)
     with pytest.raises(IncompleteStore, match="pull"):
         open_store(target)
     web.asked.clear()
     pulled = pull_store(web.url, target, mirrors=[mirror.url], patience=patience)
     assert whole(target, pristine)
-    assert {path for path, *_ in web.asked} == {SHARD, "manifest.json", *BESIDE}  # no file twice
-    assert pulled.kept_bytes + (pristine / SHARD).stat().st_size == pulled.bytes
+    assert {path for path, *_ in web.asked} == {*failing, "manifest.json", *BESIDE}  # no file twice
+    assert pulled.kept_bytes + sum((pristine / path).stat().st_size for path in failing) == pulled.bytes
+
+
+def test_a_full_disk_is_one_error_and_what_came_stays(web, pristine, tmp_path, patience, monkeypatch):
+    left, write = [20], os.write
+
+    def fill(fd, content):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, content)
+
+    monkeypatch.setattr(os, "write", fill)
+    with pytest.raises(DiskFull):
+        pull_store(web.url, tmp_path / "pulled", patience=patience, parallel=2)
+    monkeypatch.setattr(os, "write", write)
+    assert pull_store(web.url, tmp_path / "pulled", patience=patience).kept_bytes > 0
+    assert whole(tmp_path / "pulled", pristine)
 
 
 def test_a_broken_transfer_goes_on_inside_the_file(web, pristine, tmp_path, patience):
