@@ -13,6 +13,7 @@ from kdstore.errors import JoinError
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.store import join_sources, open_store, report_join
+from kdstore.store.share import Choice, pull_store
 
 IMAGES = 12
 CAPTIONS = [f"picture number {k}" for k in range(IMAGES)]
@@ -35,7 +36,7 @@ def test_a_store_joins_with_the_images_that_another_lab_still_has(tmp_path):
         picture(k).save(ours / f"{k:02}.png")
     write_table(ours, [(f"{k:02}.png", k) for k in range(IMAGES)])
     extract(ExtractConfig(teacher="scenes-T", untrained_seed=0, data=str(ours), out=str(tmp_path / "published"), unit_rows=8, device="cpu"))
-    shutil.copytree(tmp_path / "published", tmp_path / "pulled")
+    pull_store(str(tmp_path / "published"), tmp_path / "pulled")
 
     gone, again, renamed = {1, 7}, {3, 8}, {5, 10}
     names = []
@@ -69,3 +70,8 @@ def test_a_store_joins_with_the_images_that_another_lab_still_has(tmp_path):
     result = distill(DistillConfig(**settings, join="content", changed_images="allow", out=str(tmp_path / "run")))
     assert result.pairs == IMAGES - len(gone)
     assert result.left_out == {"not in the source": len(gone), "not in the store": 1}
+
+    pull_store(str(tmp_path / "published"), tmp_path / "part", choice=Choice(rows=slice(0, 8)))
+    result = distill(DistillConfig(**settings | {"cache": str(tmp_path / "part")}, join="content", changed_images="allow", out=str(tmp_path / "of-part")))
+    assert result.pairs == 8 - len(gone)
+    assert result.left_out == {"not in the source": len(gone), "not in the store": 1, "not in this part of the store": IMAGES - 8}

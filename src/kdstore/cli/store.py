@@ -37,7 +37,8 @@ def store_info(path: Path, as_json: Json = False) -> None:
 
 
 def _progress_lines(found: StoreProgress) -> str:
-    lines = [f"{found.path}: not complete, {found.units_recorded} of {found.units} units recorded" if found.units else f"{found.path}: being planned"]
+    begun = f"not complete, {found.units_recorded} of {found.units} units recorded" if found.units else "being pulled" if found.pulled else "being planned"
+    lines = [f"{found.path}: {begun}"]
     lines += [f"{'teacher':>10}  {found.teacher}"] if found.teacher else []
     for what, recorded, planned in (("images", found.images_recorded, found.images), ("texts", found.texts_recorded, found.texts)):
         lines.append(f"{what:>10}  {recorded} of {planned}")

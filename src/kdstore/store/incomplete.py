@@ -15,7 +15,7 @@ from typing import Any
 from kdstore.errors import CannotRead
 from kdstore.jsonfile import read_json
 from kdstore.store.attempt import ATTEMPTS
-from kdstore.store.layout import BUILD, MANIFEST
+from kdstore.store.layout import BUILD, MANIFEST, PULL
 from kdstore.store.lock import LOCK, is_alive, read_holder
 from kdstore.store.plan import SIDES
 from kdstore.store.writer import BUILD_JSON, PARTS, UNITS
@@ -51,6 +51,7 @@ class StoreProgress:
     units_staged: int  # by parts, for `kdstore store finalise` to record
     last_record: str | None
     writer: Committer | None
+    pulled: bool = False  # from elsewhere, not extracted
     complete: bool = False
 
 
@@ -88,10 +89,11 @@ def store_progress(path: str | Path) -> StoreProgress | None:
         units=len(planned),
         units_recorded=len(done),
         bytes_in_place=sum(_bytes_in(path / name) for name in (*SIDES, "index")),
-        bytes_staged=_bytes_in(build / ATTEMPTS) + _bytes_in(build / PARTS),
+        bytes_staged=sum(_bytes_in(build / name) for name in (ATTEMPTS, PARTS, PULL)),
         units_staged=len(list((build / PARTS).glob("*.json"))),
         last_record=_utc(max(recorded.values())) if recorded else None,
         writer=writer,
+        pulled=(build / PULL).is_dir(),
     )
 
 

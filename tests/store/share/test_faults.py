@@ -68,6 +68,15 @@ def test_a_full_disk_is_one_error_and_what_came_stays(web, pristine, tmp_path, p
     assert whole(tmp_path / "pulled", pristine)
 
 
+def test_mirrors_that_the_card_lists_are_used_and_no_files_of_ours(web, mirror, copied, pristine, tmp_path, patience):
+    (copied / "README.md").write_text(f"---\nlicense: cc0-1.0\nmirrors:\n- {pristine}\n- file://{pristine}\n- {mirror.url}\n---\n# A store\n")
+    web.root = copied
+    (copied / SHARD).unlink()
+    pull_store(web.url, tmp_path / "pulled", patience=patience)
+    assert [path for path, *_ in mirror.asked] == [SHARD]
+    assert whole(tmp_path / "pulled", pristine)
+
+
 def test_a_broken_transfer_goes_on_inside_the_file(web, pristine, tmp_path, patience):
     size = (pristine / SHARD).stat().st_size
     web.faults[SHARD] = ["short", "short", "short", "short"]

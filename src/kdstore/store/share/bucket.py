@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Bucket:
         import fsspec
 
         if self._scheme == "gs":
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs it raises too, and with whatever was asked for
             return fsspec.filesystem("gs", use_listings_cache=False)
         waits = {"connect_timeout": self._patience.connect, "read_timeout": self._patience.silence, "retries": {"max_attempts": 1}, "max_pool_connections": 32}
         return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=waits)

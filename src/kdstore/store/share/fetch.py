@@ -12,7 +12,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ MAX_FAILED = 16  # files; a place that lacks so many lacks all
 class Transfer:
     """Bytes that were received, and when each place may be asked again; shared by the threads of one pull."""
 
-    places: Sequence[Place]
+    places: list[Place]
     patience: Patience
     received: int = 0
     stopped: threading.Event = field(default_factory=threading.Event)

@@ -31,6 +31,7 @@ from kdstore.store.writer import BUILD_JSON, check_place
 
 MAX_BESIDE_BYTES = 1 << 24  # of a file beside the manifest, which nothing vouches for
 _DIGEST = re.compile("sha256:[0-9a-f]{64}")
+_MIRROR = re.compile(r"https?://[\w.-]+(:\d+)?(/[\w./~-]*)?|hf://datasets/[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def pull_store(
     """Bring a store or a part of one into a folder; run again to go on, to complete a part, or to replace damaged files.
 
     `expect` is the digest that it must have, `signed_by` a list of allowed signers of whom one must have signed it. Files that `source` does not have as they
-    should be are taken from `mirrors`. `dry_run` writes nothing. A store of another identity is replaced with `force` only. Raises StoreNotFound,
-    DamagedStore for a manifest that is none, IdentityMismatch, SignatureError, TransferError, StoreLocked, DiskFull, CannotWrite, and what a choice raises.
+    should be are taken from `mirrors`, then from those that the store's card lists. `dry_run` writes nothing. A store of another identity is replaced with
+    `force` only. Raises StoreNotFound, DamagedStore for a manifest that is none, IdentityMismatch, SignatureError, TransferError, StoreLocked, DiskFull,
+    CannotWrite, and what a choice raises.
     """
     choice, patience = choice or Choice(), patience or Patience()
     if not is_folder(str(target)):
@@ -79,6 +81,7 @@ def pull_store(
     encoded, manifest = read_remote_manifest(transfer, expect)
     if signed_by is not None:
         check_signature(manifest.digest, _remote_signature(transfer), signed_by)
+    transfer.places += [open_place(name, patience) for name in _mirrors_of_card(transfer)]
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             return _would_pull(transfer, Path(target), Staging(Path(scratch), manifest, encoded), choice, parallel, on_progress)
@@ -126,6 +129,19 @@ def _remote_signature(transfer: Transfer) -> bytes:
     except Failure as e:
         hint = "Ask its publisher for one: kdstore store sign."
         raise SignatureError(f"{transfer.places[0].name} is not shown to be signed: {SIGNATURE} {e.reason}.", hint) from e
+
+
+def _mirrors_of_card(transfer: Transfer) -> list[str]:
+    """Return the `mirrors` of the card's YAML, those of the web and the Hub: nobody vouches for them, so none gets credentials of ours or reads our disk."""
+    import yaml
+
+    with contextlib.suppress(Failure, UnicodeDecodeError, yaml.YAMLError):
+        card = read_small(transfer, transfer.places[0], "README.md", MAX_BESIDE_BYTES).decode()
+        block = re.match(r"---\n(.{,65536}?)\n---\n", card, re.DOTALL)
+        said = yaml.safe_load(block[1]) if block else None
+        named = said.get("mirrors") if isinstance(said, dict) else None
+        return [name for name in named[:8] if isinstance(name, str) and _MIRROR.fullmatch(name)] if isinstance(named, list) else []
+    return []
 
 
 def _old_manifest(target: Path, force: bool) -> Manifest | None:

@@ -67,12 +67,10 @@ class Staging:
     def found(self, files: Iterable[str], on_progress: OnProgress) -> set[str]:
         """Return which files lie here or in the target as they should be: their bytes are hashed."""
         names = [path for path in files if self._lies(path)]
-        total, done = sum(self.manifest.files[path].size for path in names), 0
         right = set()
         with ThreadPoolExecutor(os.cpu_count(), "kdstore-found") as pool:
-            for path, is_right in zip(names, pool.map(self._is_right, names), strict=True):
-                done += self.manifest.files[path].size
-                on_progress("found there", done, total, "")
+            for done, (path, is_right) in enumerate(zip(names, pool.map(self._is_right, names), strict=True), 1):
+                on_progress("files there", done, len(names), "")
                 if is_right:
                     right.add(path)
         return right
