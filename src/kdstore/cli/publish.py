@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kdstore.cli.options import Data, Json
-from kdstore.cli.screen import bars, show
+from kdstore.cli.screen import bars, say, show
 from kdstore.errors import ConfigError
 
 
@@ -21,6 +21,30 @@ def sign(
 
     signature = store.sign_store(path, key)
     show({"path": str(signature), "digest": store.open_store(path).digest}, as_json)
+
+
+def card(
+    path: Path,
+    licence: Annotated[str | None, typer.Option(help="Of the features: an identifier that the Hub knows, such as cc-by-4.0, or a link.")] = None,
+    teacher_licence: Annotated[str | None, typer.Option(help="Of the teacher's weights, in words.")] = None,
+    source_licence: Annotated[str | None, typer.Option(help="Of images and captions, in words.")] = None,
+    citation: Annotated[Path | None, typer.Option(metavar="FILE", help="What to cite, as BibTeX.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the data set; default: that of the folder.")] = None,
+    mirror: Annotated[list[str] | None, typer.Option(help="Address of a copy; may be given again.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write README.md, with the header that the Hub reads, and croissant.json beside a store's manifest."""
+    from kdstore.store.card import CardConfig, write_card
+
+    try:
+        cited = None if citation is None else citation.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"Cannot read {citation}: {getattr(e, 'strerror', None) or e}.", "Give a text file with BibTeX.") from e
+    licences = {"licence": licence, "teacher_licence": teacher_licence, "source_licence": source_licence}
+    made = write_card(path, CardConfig(**licences, citation=cited, name=name, mirrors=tuple(mirror or ())))
+    for notice in made.notices:
+        say(f"notice: {notice}")
+    show(made, as_json)
 
 
 def withdraw(

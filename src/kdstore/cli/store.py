@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kdstore.store import StoreDifference, StoreProgress
 
 store_app = typer.Typer(rich_markup_mode=None, help="Look at a feature store and check it.")
+store_app.command("card")(publish.card)
 store_app.command("sign")(publish.sign)
 store_app.command("withdraw")(publish.withdraw)
 store_app.command("import")(publish.import_features)

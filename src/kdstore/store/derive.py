@@ -172,7 +172,7 @@ def write_parts(
                             done += len(block)
                             on_progress(f"{operation}: rows of arrays", done, total, spec.name)
         sources = {source_of(part.store) for part in parts}
-        run = {"operation": operation, "from": {str(part.store.path): part.store.digest for part in parts}, "seconds": round(time.perf_counter() - started, 3)}
+        run = {"operation": operation, "from": [part.store.digest for part in parts], "seconds": round(time.perf_counter() - started, 3)}
         digest = writer.finalise(run | ({"source": sources.pop()} if len(sources) == 1 and None not in sources else {}))
     return DerivedStore(str(out), digest, plan.num_images, plan.num_texts, tuple(spec.name for spec in specs))
 
