@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import socket
 import struct
@@ -73,6 +74,8 @@ def answer(to: http.server.BaseHTTPRequestHandler, web: Web, path: str, fault: s
         time.sleep(1.5)
         to.close_connection = True
         return None
+    if kind == "trickle":
+        return trickle(to)
     if kind == "html":
         return send(to, 200, HTML, {"Content-Type": "text/html"})
     if kind == "redirect":
@@ -110,6 +113,16 @@ def answer(to: http.server.BaseHTTPRequestHandler, web: Web, path: str, fault: s
         to.close_connection = True
         return None
     return send(to, status, body, headers, web)
+
+
+def trickle(to: http.server.BaseHTTPRequestHandler) -> None:
+    """Send headers without end, so often that no time-out between two bytes ends them."""
+    to.close_connection = True
+    with contextlib.suppress(OSError):
+        to.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        for i in range(40):
+            to.wfile.write(f"X-{i}: x\r\n".encode())
+            time.sleep(0.1)
 
 
 def with_patience(to: http.server.BaseHTTPRequestHandler, body: bytes) -> None:

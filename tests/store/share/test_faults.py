@@ -14,7 +14,7 @@ from kdstore.store.layout import BESIDE
 from kdstore.store.share import pull_store
 
 SHARD = "image/embedding/c/1/0/0"
-PASSING = ("429:0", "500", "503:0", "reset", "short", "hang", "slow", "html", "wrong", "encoded", "other-range", "twice", "norange")
+PASSING = ("429:0", "500", "503:0", "reset", "short", "hang", "slow", "trickle", "html", "wrong", "encoded", "other-range", "twice", "norange")
 LASTING = ("404", "403", "429:0", "500", "hang", "html", "wrong", "redirect:file:///etc/passwd", "redirect:http://user:word@127.0.0.1/x")
 
 

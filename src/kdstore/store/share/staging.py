@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kdstore.errors import DamagedStore, DiskFull, StoreError
 from kdstore.jsonfile import fsync_folder, make_folders, write_bytes, write_json
@@ -191,5 +191,7 @@ def _inside(root: Path, path: str) -> bool:
 
 
 def _sync(root: Path, names: Sequence[str]) -> None:
-    for folder in sorted({parent for name in names for parent in (root / name).parents if parent.is_relative_to(root)}):
-        fsync_folder(folder)
+    """Make renames durable: a shard has a folder of its own, and a file system answers many such calls at once."""
+    folders = {parent for name in names for parent in PurePosixPath(name).parents}
+    with ThreadPoolExecutor(32, "kdstore-sync") as pool:
+        list(pool.map(lambda folder: fsync_folder(root / folder), sorted(folders)))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
+import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
@@ -37,6 +39,7 @@ class Web:
         self._headers = dict(headers or {})
         if parts.username is not None:
             self._headers |= urllib3.make_headers(basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}")
+        self._silence = patience.silence
         self._timeout = urllib3.Timeout(connect=patience.connect, read=patience.silence)
         self._pace = pace
         self._pools: dict[str, urllib3.PoolManager] = {}
@@ -90,8 +93,31 @@ class Web:
         proxy = "" if urllib.request.proxy_bypass(parts.hostname or "") else urllib.request.getproxies().get(parts.scheme, "")
         if proxy not in self._pools:
             made = urllib3.ProxyManager(proxy, maxsize=32) if proxy else urllib3.PoolManager(maxsize=32)
+            limited = {scheme: _answering_within(self._silence, pool) for scheme, pool in made.pool_classes_by_scheme.items()}
+            made.pool_classes_by_scheme = limited
             self._pools.setdefault(proxy, made)
         return self._pools[proxy]
+
+
+def _answering_within(seconds: float, pool: type[urllib3.HTTPConnectionPool]) -> type[urllib3.HTTPConnectionPool]:
+    """Return a pool whose connections end if an answer's headers take longer: a time-out of a socket begins anew with every byte."""
+
+    class Connection(pool.ConnectionCls):  # type: ignore[misc,name-defined]  # what urllib3 offers for it
+        def getresponse(self) -> urllib3.HTTPResponse:
+            timer = threading.Timer(seconds, _end, [self.sock])
+            timer.daemon = True
+            timer.start()
+            try:
+                return super().getresponse()
+            finally:
+                timer.cancel()
+
+    return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
+
+
+def _end(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended by itself
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _body(answer: urllib3.BaseHTTPResponse, start: int) -> Body:
