@@ -102,7 +102,7 @@ class Web:
 def _answering_within(seconds: float, pool: type[urllib3.HTTPConnectionPool]) -> type[urllib3.HTTPConnectionPool]:
     """Return a pool whose connections end if an answer's headers take longer: a time-out of a socket begins anew with every byte."""
 
-    class Connection(pool.ConnectionCls):  # type: ignore[misc,name-defined]  # what urllib3 offers for it
+    class Connection(pool.ConnectionCls):  # type: ignore[name-defined]  # what urllib3 offers for it
         def getresponse(self) -> urllib3.HTTPResponse:
             timer = threading.Timer(seconds, _end, [self.sock])
             timer.daemon = True
