@@ -115,6 +115,17 @@ def test_damage_in_a_bucket_is_named_and_mended_from_a_mirror(s3, pristine, tmp_
     assert verify_store(tmp_path / "pulled").ok
 
 
+def test_what_a_bucket_refuses_is_named(s3, pristine, patience, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(TransferError, match="s3://lab/nowhere") as refused:
+        push_store(pristine, "s3://lab/nowhere", patience=patience)
+    assert SECRET not in str(refused.value)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 def test_without_its_package_a_bucket_names_the_command(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ConfigError, match=r"pip install 'kdstore\[s3\]'"):

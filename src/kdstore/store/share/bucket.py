@@ -48,7 +48,9 @@ class Bucket:
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs it raises too, and with whatever was asked for
             return fsspec.filesystem("gs", use_listings_cache=False)
         waits = {"connect_timeout": self._patience.connect, "read_timeout": self._patience.silence, "retries": {"max_attempts": 1}, "max_pool_connections": 32}
-        return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=waits)
+        system = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=waits)
+        system.retries = 1  # we try again, and elsewhere
+        return system
 
     @contextlib.contextmanager
     def open(self, path: str, start: int = 0, tag: str | None = None) -> Iterator[Body]:

@@ -135,7 +135,7 @@ def _mirrors_of_card(transfer: Transfer) -> list[str]:
     """Return the `mirrors` of the card's YAML, those of the web and the Hub: nobody vouches for them, so none gets credentials of ours or reads our disk."""
     import yaml
 
-    with contextlib.suppress(Failure, UnicodeDecodeError, yaml.YAMLError):
+    with contextlib.suppress(Failure, ValueError, RecursionError, yaml.YAMLError):  # a date that is none is a ValueError
         card = read_small(transfer, transfer.places[0], "README.md", MAX_BESIDE_BYTES).decode()
         block = re.match(r"---\n(.{,65536}?)\n---\n", card, re.DOTALL)
         said = yaml.safe_load(block[1]) if block else None

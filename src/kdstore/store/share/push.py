@@ -93,7 +93,7 @@ def _send(place: Writable, manifest: Manifest, todo: Sequence[str], first: list[
     def send(names: Sequence[str], remove: Sequence[str] = (), last: Sequence[File] = ()) -> None:
         nonlocal done
         files = [(name, _checked(manifest, name)) for name in names]
-        _tried(patience, place, lambda: place.commit([*files, *last], remove))
+        _tried(patience, place, lambda: place.commit([*files, *last], remove), ", ".join([*names, *(name for name, _ in last)][:3]))
         with lock:
             done += bytes_of(manifest.files, names)
             on_progress("bytes", done, total, "")
@@ -136,13 +136,13 @@ def _checked(manifest: Manifest, name: str) -> Path:
     return manifest.root / name
 
 
-def _tried(patience: Patience, place: Writable, work: Callable[[], T]) -> T:
-    """Do what a place may refuse for a time; raises TransferError."""
+def _tried(patience: Patience, place: Writable, work: Callable[[], T], names: str = "") -> T:
+    """Do what a place may refuse for a time, to files of these names; raises TransferError."""
     for tries in itertools.count(1):
         try:
             return work()
         except Failure as e:
             if not e.again or tries >= patience.tries:
-                raise TransferError(f"{place.name} {e.reason}.", "What was sent is kept there; the same command goes on.") from e
+                raise TransferError(f"{place.name}{': ' * bool(names)}{names} {e.reason}.", "What was sent is kept there; the same command goes on.") from e
             time.sleep(min(patience.longest, max(e.after, patience.backoff * 2 ** (tries - 1))))
     raise AssertionError

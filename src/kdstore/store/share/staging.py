@@ -101,12 +101,13 @@ class Staging:
         `old` is the manifest of the store that is there. Its other files stay if it is the same store, and go if it is another.
         """
         same = old is not None and old.digest == self.manifest.digest
-        if old is not None and not same:
-            self._withdraw(old)
         staged = [path for path in sorted(files) if (self.folder / path).exists()]
-        for name in (*staged, *(name for name in BESIDE if (self.folder / name).is_file())):
+        for name in staged:
             if not _inside(self.target, name):
                 raise DamagedStore(f"{self.target / name} would lie outside {self.target}: a folder on the way is a link.", "Remove the link.")
+        if old is not None and not same:
+            self._withdraw()
+        for name in (*staged, *(name for name in BESIDE if (self.folder / name).is_file())):
             (self.target / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(self.folder / name, self.target / name)
         _sync(self.target, staged)
@@ -122,7 +123,7 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
         return read_manifest(self.target)
 
-    def _withdraw(self, old: Manifest) -> None:
+    def _withdraw(self) -> None:
         """Take the store away that is to be replaced; which files it had is kept until they are gone."""
         with contextlib.suppress(FileNotFoundError):
             os.replace(self.target / MANIFEST, self.folder / REPLACED)
