@@ -1,7 +1,8 @@
-"""Pushing to and pulling from an S3 server (moto's)."""
+"""Pushing to and pulling from an S3 server (moto's) and one that speaks Google's storage API (gcp-storage-emulator)."""
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import pytest
@@ -124,6 +125,25 @@ def test_what_a_bucket_refuses_is_named(s3, pristine, patience, monkeypatch):
         push_store(pristine, "s3://lab/nowhere", patience=patience)
     assert SECRET not in str(refused.value)
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_store_goes_to_googles_storage_and_comes_back(sample, tmp_path, monkeypatch):
+    from gcp_storage_emulator.server import create_server
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = create_server("localhost", port, in_memory=True, default_bucket="lab")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+    sample.of_images(20).write(tmp_path / "few")
+    try:
+        pushed = push_store(tmp_path / "few", "gs://lab/store")
+        assert pushed.files_sent == pushed.files
+        assert push_store(tmp_path / "few", "gs://lab/store").files_sent == 0
+        assert pull_store("gs://lab/store", tmp_path / "pulled").digest == pushed.digest
+    finally:
+        server.stop()
+    assert verify_store(tmp_path / "pulled").ok
 
 
 def test_without_its_package_a_bucket_names_the_command(monkeypatch, tmp_path):
