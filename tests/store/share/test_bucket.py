@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kdstore.errors import ConfigError, IdentityMismatch, TransferError
+from kdstore.errors import ConfigError, DamagedStore, IdentityMismatch, TransferError
 from kdstore.store import open_store, verify_store
 from kdstore.store.share import bucket, pull_store, push_store
 
@@ -85,6 +85,17 @@ def test_another_store_is_replaced_by_force_and_only_what_it_lists_is_removed(s3
     assert pull_store("s3://lab/other", tmp_path / "after").digest == open_store(tmp_path / "other").digest
     listed = {"manifest.json", "run.json", "notes.txt", *open_store(tmp_path / "other").manifest["files"]}
     assert {name.removeprefix("lab/other/") for name in s3.find("lab/other")} == listed
+
+
+def test_what_is_no_store_is_not_overwritten(s3, pristine):
+    s3.pipe_file("lab/array/zarr.json", b"an array of somebody")
+    with pytest.raises(IdentityMismatch, match=r"zarr\.json"):
+        push_store(pristine, "s3://lab/array")
+    s3.pipe_file("lab/site/manifest.json", b'{"name": "a web page"}')
+    with pytest.raises(DamagedStore, match="--force"):
+        push_store(pristine, "s3://lab/site")
+    assert s3.find("lab/site") == ["lab/site/manifest.json"]
+    assert push_store(pristine, "s3://lab/site", force=True).files_sent == 57
 
 
 def test_large_objects_go_in_parts_whose_hash_is_known(s3, tmp_path, monkeypatch):

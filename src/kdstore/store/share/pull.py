@@ -36,7 +36,7 @@ _MIRROR = re.compile(r"https?://[\w.-]+(:\d+)?(/[\w./~-]*)?|hf://datasets/[\w.-]
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull brought: files and bytes chosen, of how many in the store; bytes that were there already, and that came (those sent twice counted twice)."""
+    """What a pull brought: files and bytes chosen, of how many in the store; those that were there already, and bytes that came."""
 
     path: str
     source: str
@@ -45,6 +45,7 @@ class Pulled:
     of_files: int
     bytes: int
     of_bytes: int
+    kept_files: int
     kept_bytes: int
     received_bytes: int
     whole: bool
@@ -99,8 +100,7 @@ def pull_store(
         _fetch_beside(transfer, staging, on_progress)
         with lock.held():
             made = staging.commit(files, old, transfer.places[0].name)
-    kept_bytes = bytes_of(manifest.files, kept)
-    return _pulled(target, transfer, manifest, files, kept_bytes, whole=made.part is None)
+    return _pulled(target, transfer, manifest, files, kept, whole=made.part is None)
 
 
 def read_remote_manifest(transfer: Transfer, expect: str | None = None) -> tuple[bytes, Manifest]:
@@ -233,11 +233,12 @@ def _would_pull(transfer: Transfer, target: Path, staging: Staging, choice: Choi
         frame = Store(staging.show(names, transfer.places[0].name))
     chosen = chosen_files(choice, manifest, specs, frame, on_progress)
     there = Staging(target, manifest, staging.encoded).sized(chosen)
-    return _pulled(target, transfer, manifest, chosen, bytes_of(manifest.files, there), whole=len(chosen) == len(manifest.files), dry_run=True)
+    return _pulled(target, transfer, manifest, chosen, there, whole=len(chosen) == len(manifest.files), dry_run=True)
 
 
-def _pulled(target: Path, transfer: Transfer, manifest: Manifest, files: set[str], kept: int, *, whole: bool, dry_run: bool = False) -> Pulled:
+def _pulled(target: Path, transfer: Transfer, manifest: Manifest, files: set[str], kept: set[str], *, whole: bool, dry_run: bool = False) -> Pulled:
     of = manifest.files
     sizes = {"files": len(files), "of_files": len(of), "bytes": bytes_of(of, files), "of_bytes": bytes_of(of, of)}
+    there = {"kept_files": len(kept), "kept_bytes": bytes_of(of, kept)}
     source: Place = transfer.places[0]
-    return Pulled(str(target), source.name, manifest.digest, **sizes, kept_bytes=kept, received_bytes=transfer.received, whole=whole, dry_run=dry_run)
+    return Pulled(str(target), source.name, manifest.digest, **sizes, **there, received_bytes=transfer.received, whole=whole, dry_run=dry_run)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kdstore.errors import ConfigError, DamagedStore, MissingFeature, StoreNotFound, TransferError
+from kdstore.errors import ConfigError, DamagedStore, IdentityMismatch, MissingFeature, TransferError
 from kdstore.progress import OnProgress, silent
 from kdstore.store.layout import BESIDE, MANIFEST
 from kdstore.store.manifest import RESTORE, Manifest, read_manifest
@@ -54,30 +54,41 @@ def push_store(path: str | Path, target: str, *, force: bool = False, patience: 
         raise MissingFeature(f"{path} is a part of its store.", f"{manifest.pull_hint()}; or push a store of these rows: kdstore store subset.")
     if is_folder(target):
         pulled = pull_store(str(path), target, force=force, patience=patience, on_progress=on_progress)
-        files = pulled.files if pulled.received_bytes else 0
-        return Pushed(str(path), target, manifest.digest, len(manifest.files), pulled.bytes, files, pulled.bytes - pulled.kept_bytes)
+        new = pulled.files - pulled.kept_files, pulled.bytes - pulled.kept_bytes
+        return Pushed(str(path), target, manifest.digest, pulled.files, pulled.bytes, *new)
     place: Any = open_place(target, patience)
     if not hasattr(place, "commit"):
         raise ConfigError(f"{place.name} takes no files: a web server is read only.", "Copy the folder there yourself, manifest.json last.")
     writable: Writable = place
     there = _tried(patience, writable, writable.listing)
-    old = _old_manifest(writable, there, patience)
+    old = _old_manifest(writable, there, patience, force)
     check_old(writable.name, old, manifest, force)
     todo = [name for name, entry in manifest.files.items() if not (name in there and matches(there[name], manifest.root / name, entry.sha256))]
+    if old is None and not force:
+        _refuse_others(writable, manifest, there, todo)
     gone = sorted(name for name in (old.files if old else ()) if name in there and name not in manifest.files)
     _send(writable, manifest, todo, _removed_first(old, there, todo, gone), gone, patience, on_progress)
     every, sent = bytes_of(manifest.files, manifest.files), bytes_of(manifest.files, todo)
     return Pushed(str(path), writable.name, manifest.digest, len(manifest.files), every, len(todo), sent)
 
 
-def _old_manifest(place: Writable, there: dict[str, Stored], patience: Patience) -> Manifest | None:
-    """Return the manifest that a place has; a damaged one is replaced like none."""
+def _old_manifest(place: Writable, there: dict[str, Stored], patience: Patience, force: bool) -> Manifest | None:
+    """Return the manifest that a place has; one that is none is replaced by force."""
     if MANIFEST not in there:
         return None
     try:
         return read_remote_manifest(Transfer([place], patience))[1]
-    except (DamagedStore, StoreNotFound):
-        return None
+    except DamagedStore as e:
+        if force:
+            return None
+        raise DamagedStore(e.message, "Choose another place, or replace what is there: --force.") from e
+
+
+def _refuse_others(place: Writable, manifest: Manifest, there: dict[str, Stored], todo: Sequence[str]) -> None:
+    """Raise IdentityMismatch if files would be replaced where no earlier push of this store has been: they are of something else."""
+    ours = [name for name in manifest.files if name in there and name not in todo and not name.endswith("zarr.json")]
+    if not ours and (others := [name for name in todo if name in there]):
+        raise IdentityMismatch(f"{place.name} holds other files of these names: {', '.join(others[:3])}.", "Choose another place, or replace them: --force.")
 
 
 def _removed_first(old: Manifest | None, there: dict[str, Stored], todo: Sequence[str], gone: Sequence[str]) -> list[str]:
