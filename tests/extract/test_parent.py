@@ -13,7 +13,7 @@ from kdstore.extract.config import ExtractConfig
 from kdstore.extract.recompute import recompute
 from kdstore.extract.run import extract
 from kdstore.progress import silent
-from kdstore.store import Encoding, Plan, StoreWriter, concat_stores, open_family, open_store, plan, recode_store, subset_store, verify_store
+from kdstore.store import Encoding, Plan, StoreWriter, concat_stores, open_family, open_store, plan, recode_store, subset_store, verify_store, withdraw_rows
 
 SHARED = {"teacher": "scenes-T", "untrained_seed": 0, "unit_rows": 16, "device": "cpu"}
 ARRAYS = ("image/embedding", "image/tokens", "text/embedding", "text/tokens", "text/length", "image/valid", "text/valid")
@@ -53,6 +53,17 @@ def test_a_parent_with_its_child_is_the_store_that_has_all_at_once(stores, tmp_p
         assert np.array_equal(family.gather(name, rows), whole.gather(name, rows)), name
         assert family.arrays[name].row_shape == whole.arrays[name].row_shape
         assert family.holds(name).all()
+
+
+def test_images_that_were_withdrawn_from_the_parent_are_not_asked_of_the_data(stores, tmp_path):
+    gone = open_store(stores / "parent").keys()[5]
+    withdraw_rows(stores / "parent", tmp_path / "parent", keys=[gone])
+    child(stores, tmp_path / "child", parent=str(tmp_path / "parent"), tokens="image", data="scenes/val:40")
+    family, whole = open_family(tmp_path / "parent", tmp_path / "child"), open_store(stores / "all")
+    tokens = family.gather("image/tokens", np.arange(40))
+    assert np.isnan(tokens[5]).all()
+    assert np.array_equal(np.delete(tokens, 5, 0), np.delete(whole.gather("image/tokens", np.arange(40)), 5, 0))
+    assert open_store(tmp_path / "child").index("image", "reason").to_pylist()[5] == "withdrawn"
 
 
 def test_a_child_of_chosen_keys_lies_at_the_rows_of_its_parent(stores, tmp_path):

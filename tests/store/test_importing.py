@@ -192,6 +192,31 @@ def test_rows_without_finite_features_keep_their_row_and_too_many_are_refused(tm
     assert not (tmp_path / "strict/manifest.json").exists()
 
 
+@pytest.mark.parametrize("format", ["datacompdr", "npy"])
+def test_an_import_that_was_stopped_goes_on_after_its_last_unit(format: str, tmp_path: Path) -> None:
+    MAKERS[format](tmp_path / "theirs")
+    whole = imported(tmp_path / "theirs", tmp_path / "whole", format)
+    told: list[int] = []
+
+    def stop_at(rows: int) -> Callable[..., None]:
+        def on_progress(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage == "import: rows":
+                told.append(done)
+                if done >= rows:
+                    raise KeyboardInterrupt
+
+        return on_progress
+
+    config = ImportConfig(format=format, unit_rows=16, dtype="float32")
+    with pytest.raises(KeyboardInterrupt):
+        import_store(tmp_path / "theirs", tmp_path / "store", config, on_progress=stop_at(33))
+    assert not (tmp_path / "store/manifest.json").exists()
+    told.clear()
+    again = import_store(tmp_path / "theirs", tmp_path / "store", config, on_progress=stop_at(10**6))
+    assert again.digest == whole.digest
+    assert told[-1] == whole.images + whole.texts - 32  # two units were kept
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return exec, ("raise SystemExit('unpickled')",)

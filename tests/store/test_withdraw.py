@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from kdstore.data.source import LoadedImage
 from kdstore.errors import ConfigError, DamagedStore, IdentityMismatch, JoinError
 from kdstore.jsonfile import digest_of, read_json, write_json
-from kdstore.store import child_identity, concat_stores, is_successor, open_family, open_store, subset_store, verify_store, withdraw_rows
+from kdstore.store import child_identity, concat_stores, is_successor, join_sources, open_family, open_store, subset_store, verify_store, withdraw_rows
 from kdstore.store.manifest import read_manifest
 
 
@@ -62,6 +64,30 @@ def test_neither_key_nor_caption_nor_features_remain_and_the_hash_only_in_the_ma
     others = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file() and file.name != "manifest.json")
     assert f"{6:064x}".encode() not in others
     assert read_json(tmp_path / "out/manifest.json")["identity"]["withdrawn"]["sha256"] == [f"{6:064x}", f"{37:064x}"]
+
+
+def test_neither_key_nor_content_of_a_withdrawn_image_joins(pristine: Path, sample: Any, tmp_path: Path) -> None:
+    class Owner:
+        """Somebody who still has the images 5 and 6."""
+
+        spec, notices = "owner", ()
+
+        def __len__(self) -> int:
+            return 2
+
+        def key(self, i: int) -> str:
+            return sample.rows[5 + i][0]
+
+        def captions(self, i: int) -> Any:
+            return sample.rows[5 + i][1]
+
+        def image(self, i: int) -> Any:
+            return LoadedImage(Image.new("RGB", (2, 2)), f"{5 + i:064x}")
+
+    withdrawn(pristine, sample, tmp_path / "out", [5])
+    for by_content in (False, True):
+        assert join_sources(open_store(pristine), Owner(), by_content=by_content).store_row_of_source.tolist() == [5, 6]
+        assert join_sources(open_store(tmp_path / "out"), Owner(), by_content=by_content).store_row_of_source.tolist() == [-1, 6]
 
 
 def test_untouched_files_are_the_same_files_and_of_many_shards_one_is_written(copied: Path, sample: Any, tmp_path: Path) -> None:

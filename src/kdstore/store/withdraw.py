@@ -31,7 +31,7 @@ from kdstore.store.codecfile import codec_files
 from kdstore.store.derive import Part, index_rows, pairs_of, source_of
 from kdstore.store.layout import PLAIN, ZSTD, ArraySpec, index_path, scalar_array
 from kdstore.store.manifest import Manifest
-from kdstore.store.plan import SIDES, Plan, Side, Unit, parquet_bytes
+from kdstore.store.plan import SIDES, Plan, Side, Unit, fingerprint_of, parquet_bytes
 from kdstore.store.reader import Store, open_store
 from kdstore.store.shard import ShardWriter, WrittenFile, write_file
 from kdstore.store.writer import StoreWriter
@@ -225,13 +225,14 @@ def _among(column: pa.Array, values: Sequence[str] | set[str]) -> Bools:
 def _pairs_without(store: Store, gone: Bools) -> Iterator[tuple[str, tuple[Caption, ...]]]:
     """Yield the rows of a store; those that are gone have empty captions and a key that says nothing but of which data they were which row.
 
-    So stores of the same data have equal keys there, and those of other data, which may be put together, do not. An earlier version's stay as they are.
+    The data is named by what remains of it: by the fingerprint before, guesses at a key or a caption could be tried. Stores of the same data have equal keys
+    there, and those of other data, which may be put together, do not. Keys that an earlier version put there stay.
     """
-    of_data = f"{REASON}:{store.fingerprint.removeprefix('sha256:')[:12]}"
     gone = gone.copy()
     gone[store.withdrawn] = False
+    rest = fingerprint_of(("", ()) if gone[i] else pair for i, pair in enumerate(pairs_of(Part.of(store))))
     for i, (key, captions) in enumerate(pairs_of(Part.of(store))):
-        yield (f"{of_data}:{i}", tuple(Caption("", caption.kind) for caption in captions)) if gone[i] else (key, captions)
+        yield (f"{REASON}:{rest[7:19]}:{i}", tuple(Caption("", caption.kind) for caption in captions)) if gone[i] else (key, captions)
 
 
 def _identity(store: Store, plan: Plan, gone: Bools, parent: str | Path | None) -> dict[str, Any]:
