@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdstore.data.source import LoadedImage
-from kdstore.errors import ConfigError, DamagedStore, IdentityMismatch, JoinError
+from kdstore.errors import ConfigError, DamagedStore, IdentityMismatch, JoinError, MissingFeature
 from kdstore.jsonfile import digest_of, read_json, write_json
 from kdstore.store import child_identity, concat_stores, is_successor, join_sources, open_family, open_store, subset_store, verify_store, withdraw_rows
 from kdstore.store.manifest import read_manifest
+from kdstore.store.share import Choice, pull_store
 
 
 def bytes_of(store: Path) -> bytes:
@@ -176,6 +177,9 @@ def test_what_cannot_be_withdrawn_is_said_and_nothing_is_written(pristine: Path,
     found = withdraw_rows(pristine, tmp_path / "some", keys=["nobody", sample.rows[1][0]])
     assert (found.images, found.absent) == (1, ("nobody",))
     assert not (tmp_path / "out").exists()
+    pull_store(str(pristine), tmp_path / "part", choice=Choice(arrays=("text/embedding",)))
+    with pytest.raises(MissingFeature, match="is a part of its store"):
+        withdrawn(tmp_path / "part", sample, tmp_path / "out", [1])
     with pytest.raises(ConfigError, match="is the store that is read"):
         withdrawn(pristine, sample, pristine, [1])
 

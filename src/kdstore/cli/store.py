@@ -117,7 +117,7 @@ def store_verify(
         say(f"damaged: {str(e).removeprefix(f'{path}/')}")
         raise typer.Exit(1) from e
     except SignatureError as e:
-        say(f"not signed: {e}")
+        say(f"error: {e}")
         raise typer.Exit(1) from e
     except KdstoreError as e:
         say(f"error: {e}")

@@ -58,6 +58,7 @@ class Card:
 def write_card(path: str | Path, config: CardConfig) -> Card:
     """Write README.md and croissant.json of a complete store; raises what `open_store` raises, DiskFull, CannotWrite."""
     store = open_store(path)
+    store.require_whole()
     name = config.name or store.path.resolve().name
     readme, croissant = store.path / "README.md", store.path / "croissant.json"
     today = datetime.datetime.now(datetime.UTC).date()

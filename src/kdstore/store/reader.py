@@ -129,6 +129,11 @@ class Store:
             "fingerprint": self.fingerprint,
         } | ({"part": self.part} if self.part else {})
 
+    def require_whole(self) -> None:
+        """Raise MissingFeature for a part of a store."""
+        if self.part is not None:
+            raise MissingFeature(f"{self.path} is a part of its store.", self._manifest.pull_hint())
+
     def require(self, *names: str) -> None:
         """Raise MissingFeature unless the store holds all these arrays."""
         if missing := [name for name in names if name not in self.arrays]:

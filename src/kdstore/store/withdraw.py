@@ -78,6 +78,7 @@ def withdraw_rows(
     raise.
     """
     store, started = open_store(path), time.perf_counter()
+    store.require_whole()
     gone, absent = _chosen(store, keys, [text.strip().removeprefix("sha256:").lower() for text in sha256])
     if absent:
         on_progress("warning", 0, 0, f"{path} does not hold {len(absent)} of what is to be withdrawn: {', '.join(absent[:5])}.")
