@@ -1,9 +1,9 @@
 """`kdstore evaluate zeroshot` and `retrieval` beside clip_benchmark's own functions: the same model, images, class names, templates and captions.
 
-clip_benchmark is imported, not started: it has no way to read these data. It needs neither more nor other versions than kdstore for what is called here:
+clip_benchmark is imported, not started: it has no way to read these data. Version 1.6.2 wants a NumPy below 2.4, so it lives in an environment of its own:
 
-    pip install --no-deps clip_benchmark
-    python benchmarks/zeroshot_retrieval.py [--model scenes-S] [--images 1000] [--json]
+    python3.11 -m venv peer && peer/bin/pip install -e . 'numpy<2.4' && peer/bin/pip install --no-deps clip_benchmark
+    peer/bin/python benchmarks/zeroshot_retrieval.py [--model scenes-S] [--images 1000] [--json]
 
 Both use float32, one batch size, one device. Scores are fractions; a difference beyond 1e-6 ends with an error, for without ties there is none to expect.
 """
