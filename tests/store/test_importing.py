@@ -290,11 +290,13 @@ def test_folders_that_are_not_whole_are_named(tmp_path: Path) -> None:
     refused("npy", "has 1000 bytes", lambda folder: os.truncate(folder / "image.npy", 1000))
     refused("npy", "pickled objects", lambda folder: np.save(folder / "image.npy", np.array([Evil()], object)))
     refused("npy", "not float16, float32 or float64", lambda folder: np.save(folder / "image.npy", np.zeros((IMAGES, 8), "i4")))
+    refused("npy", "no store can hold", lambda folder: np.save(folder / "image.npy", np.zeros((IMAGES, 0), "f4")))
     refused("npy", "one after the other", lambda folder: np.save(folder / "image.npy", np.zeros((IMAGES, 8), "f4", order="F")))
     refused("clip-retrieval", "have other partitions", lambda folder: (folder / "img_emb/img_emb_0001.npy").unlink())
     refused("clip-retrieval", "its metadata has 17 rows", lambda folder: np.save(folder / "text_emb/text_emb_0001.npy", np.zeros((16, 8), "f2")))
     refused("clip-retrieval", "column", lambda folder: None, UnknownName, key="url")
     refused("datacompdr", "has no text or number 'id'", lambda folder: None, key="id")
+    refused("datacompdr", "'uid0' is no sha256", lambda folder: None, sha256="uid")
     refused("datacompdr", "not a whole tar", lambda folder: os.truncate(folder / "00000001.tar", 3000))
     refused("theia", "There is no .tar", lambda folder: [file.unlink() for file in folder.iterdir()])
     with pytest.raises(UnknownName, match="npy"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy.typing as npt
 
 from kdstore.data.source import Caption
+from kdstore.errors import SourceError
 from kdstore.store.plan import Side
 
+_SHA256 = re.compile("[0-9a-f]{64}")
 Pair = tuple[str, tuple[Caption, ...]]
 Rows = dict[str, npt.NDArray[Any]]
 
@@ -30,6 +33,13 @@ class Found:
     sha256: Callable[[int, int], list[str]]
     says: dict[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+
+
+def checked_sha256(text: str) -> str:
+    """Return a sha256 in lower-case hex, '' as it is; raises SourceError for what is none."""
+    if text and not _SHA256.fullmatch(text.lower()):
+        raise SourceError(f"'{text[:80]}' is no sha256.", "Name another field with --sha256, or leave it out.")
+    return text.lower()
 
 
 def unknown_sha256(start: int, stop: int) -> list[str]:

@@ -21,7 +21,7 @@ from kdstore.data.source import Caption
 from kdstore.errors import SourceError, UnknownName
 from kdstore.store.importing.config import ImportConfig
 from kdstore.store.importing.foreign import NpyFile, open_npy
-from kdstore.store.importing.found import Found, Pair, Rows, unknown_sha256
+from kdstore.store.importing.found import Found, Pair, Rows, checked_sha256, unknown_sha256
 from kdstore.store.plan import Side
 
 _PARTITION = re.compile(r".*_(\d+)\.(npy|parquet)")
@@ -167,7 +167,7 @@ class _Column:
             if start < end and first < stop:
                 if self._last.get(path) is None:
                     self._last.clear()
-                    self._last[path] = pa.array((str(value or "").lower() for (value,) in _cells(path, table, [self.name])), pa.string())
+                    self._last[path] = pa.array((checked_sha256(str(value or "")) for (value,) in _cells(path, table, [self.name])), pa.string())
                 found += self._last[path][max(0, start - first) : min(stop, end) - first].to_pylist()
             first = end
         return found

@@ -7,7 +7,6 @@ row and are not valid, as in an extraction, and are counted.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from kdstore.data.columns import well_formed
 from kdstore.data.source import Caption, Source
-from kdstore.errors import JoinError, SourceError, UnknownName
+from kdstore.errors import JoinError, SourceError, StoreError, UnknownName
 from kdstore.jsonfile import digest_of
 from kdstore.progress import OnProgress, silent
 from kdstore.store.attempt import Attempt
@@ -30,14 +29,13 @@ from kdstore.store.importing.found import Found, Pair
 from kdstore.store.importing.npy import clip_retrieval, plain
 from kdstore.store.importing.theia import theia
 from kdstore.store.layout import ArraySpec, embedding_array, token_array
-from kdstore.store.plan import Plan, Unit
+from kdstore.store.plan import Plan, Side, Unit
 from kdstore.store.reader import open_store
 from kdstore.store.writer import StoreWriter, check_place
 
 BATCH_VALUES = 1 << 21
 BAD_VALUES = "its features are no finite numbers of the stored type"
 UNKNOWN_OF_TEACHER = ("config", "activation", "weights_sha256", "logit_scale", "logit_bias")
-_SHA256 = re.compile("[0-9a-f]{64}")
 UNKNOWN = ("preprocessing", "tokenizer", "decoding")
 
 
@@ -122,11 +120,16 @@ def _identity(found: Found, config: ImportConfig, plan: Plan) -> dict[str, Any]:
 
 
 def _specs(found: Found, config: ImportConfig, plan: Plan) -> list[ArraySpec]:
-    describe = {"embedding": embedding_array, "tokens": token_array}
-    return [
-        describe[name.partition("/")[2]](plan, name.partition("/")[0], *shape, dtype=config.dtype)  # type: ignore[operator]
-        for name, shape in found.shapes.items()
-    ]
+    """Describe the arrays; raises SourceError for shapes that a store cannot hold."""
+    specs = []
+    for name, shape in found.shapes.items():
+        side: Side = "image" if name.startswith("image/") else "text"
+        spec = (embedding_array if len(shape) == 1 else token_array)(plan, side, *shape, dtype=config.dtype)
+        try:
+            specs.append(ArraySpec.from_metadata(name, spec.to_metadata()))
+        except StoreError as e:
+            raise SourceError(f"{name} has rows of {list(shape)}, which no store can hold.", "Check the folder.") from e
+    return specs
 
 
 def _fill(attempt: Attempt, unit: Unit, found: Found, specs: tuple[ArraySpec, ...]) -> Iterator[int]:
@@ -151,8 +154,6 @@ def _fill(attempt: Attempt, unit: Unit, found: Found, specs: tuple[ArraySpec, ..
 def _index_rows(unit: Unit, valid: npt.NDArray[np.bool_], sha256: list[str]) -> list[dict[str, Any]]:
     if unit.side == "text":
         return [{"valid": ok} for ok in valid.tolist()]
-    if wrong := [text for text in sha256 if text and not _SHA256.fullmatch(text)]:
-        raise SourceError(f"'{wrong[0][:80]}' is no sha256.", "Name another field with --sha256, or leave it out.")
     sized = {"width": 0, "height": 0}
     return [{"sha256": text, "valid": ok, "reason": "" if ok else BAD_VALUES, **sized} for text, ok in zip(sha256, valid.tolist(), strict=True)]
 

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdstore.data.members import Member, Sample, samples
 from kdstore.errors import SourceError
-from kdstore.store.importing.foreign import MAX_SAMPLE_BYTES, Arrays
+from kdstore.store.importing.foreign import MAX_SAMPLE_BYTES
+from kdstore.store.importing.found import checked_sha256
 
 MAX_TEXT_BYTES = 1 << 24
-ReadTorch = Callable[[bytes], Arrays]
-_EMBEDDINGS = ("image_emb", "text_emb")
 
 
 @dataclass(eq=False)
 class Places:
-    """Where the features of every image lie, found in the pass over the tars: 8 bytes each for tar, offset, size and first text, and a hash if asked for."""
+    """Where the features of every image lie, found in the pass over the tars: 8 bytes each for tar, offset, size and first text, 32 for a hash."""
 
     tars: Sequence[Path]
     tar: array[int] = field(default_factory=lambda: array("q"))
     offset: array[int] = field(default_factory=lambda: array("q"))
     size: array[int] = field(default_factory=lambda: array("q"))
     texts: array[int] = field(default_factory=lambda: array("q", [0]))
-    sha256: list[str] = field(default_factory=list)
+    sha256: bytearray = field(default_factory=bytearray)
 
     def clear(self) -> None:
         for part in (self.tar, self.offset, self.size, self.texts, self.sha256):
@@ -39,11 +38,10 @@ class Places:
         self.offset.append(member.offset)
         self.size.append(member.size)
         self.texts.append(self.texts[-1] + texts)
-        if sha256:
-            self.sha256.append(sha256.lower())
+        self.sha256 += bytes.fromhex(checked_sha256(sha256))
 
     def hashes(self, start: int, stop: int) -> list[str]:
-        return self.sha256[start:stop]
+        return [self.sha256[32 * i : 32 * i + 32].hex() for i in range(start, stop)]
 
     def contents(self, start: int, stop: int) -> Iterator[tuple[int, Path, bytes]]:
         """Yield the tar and the bytes of the members of images `start:stop`; raises SourceError."""

@@ -48,9 +48,7 @@ def theia(folder: Path, config: ImportConfig, read_torch: Any) -> Found:
         for i, path, content in places.contents(start, stop):
             found = _tensors(content, where := f"{path}, image {i}")
             if "embedding" not in found or found["embedding"].shape != grid or (chosen and (chosen not in found or found[chosen].size != shapes[chosen].size)):
-                raise SourceError(
-                    f"{where}: its tensors are not as those of '{first.key}': { ({name: x.shape for name, x in found.items()}) }.", "Restore the file."
-                )
+                raise SourceError(f"{where}: its tensors are not shaped as those of '{first.key}'.", "Restore the file, or leave it out.")
             rows["image/tokens"].append(found["embedding"].reshape(grid[0], -1).T)
             if chosen:
                 rows["image/embedding"].append(found[chosen].reshape(-1))
