@@ -16,7 +16,7 @@ import torch
 from kdstore.config import as_dict
 from kdstore.data.source import PROBE
 from kdstore.data.sources import open_source
-from kdstore.errors import ConfigError, EvaluationError
+from kdstore.errors import ConfigError, EvaluationError, MissingFeature
 from kdstore.evaluate.gallery import Array, Gallery, gallery_of_source, gallery_of_store, open_model, protocol_digest, subject_record
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.jsonfile import digest_of
@@ -122,8 +122,10 @@ def _embedded(subject: Model | Store, gallery: Gallery, keys: list[str], caption
     undecodable = int((~np.isfinite(image_ND).all(axis=1)).sum())
     if undecodable:
         raise EvaluationError(f"{undecodable} of the {len(keys)} images drawn from {gallery.spec} cannot be decoded.", "Name data without them.")
-    scale = subject.logit_scale if isinstance(subject, Model) else float(subject.identity["teacher"]["logit_scale"])
-    return _Side(image_ND, gallery.embed_texts(captions), scale)
+    scale = subject.logit_scale if isinstance(subject, Model) else subject.identity["teacher"].get("logit_scale")
+    if scale is None:
+        raise MissingFeature(f"{gallery.spec} does not say its teacher's logit scale.", "Import it again with --logit-scale.")
+    return _Side(image_ND, gallery.embed_texts(captions), float(scale))
 
 
 def _measures(student: _Side, teacher: _Side, k: int, on_progress: OnProgress) -> dict[str, dict[str, float]]:

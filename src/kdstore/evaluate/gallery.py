@@ -73,8 +73,8 @@ def subject_record(subject: Model | Store) -> dict[str, Any]:
     """Say what was scored: a model, or the teacher of a store with the store's digest."""
     if isinstance(subject, Model):
         return model_record(subject)
-    identity = {name: subject.identity[name] for name in ("teacher", "preprocessing", "tokenizer")}
-    return {"name": identity["teacher"]["name"], "identity": identity, "parameters": None, "run": None, "stores": [subject.digest]}
+    identity = {name: subject.identity.get(name) for name in ("teacher", "preprocessing", "tokenizer")}  # imported stores lack some
+    return {"name": subject.identity["teacher"]["name"] or subject.path.name, "identity": identity, "parameters": None, "run": None, "stores": [subject.digest]}
 
 
 def protocol_digest(config: Any) -> str:

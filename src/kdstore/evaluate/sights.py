@@ -55,9 +55,9 @@ def open_subject(config: VqaConfig, on_progress: OnProgress) -> Subject:
         stores = open_stores(config.stores, _array(config))
         made = stores[0].identity
         digests = [store.digest for store in stores]
-        said = {name: made[name] for name in ("teacher", "preprocessing", "tokenizer")}
-        record = {"name": made["teacher"]["name"], "identity": said, "parameters": None, "run": None, "stores": digests}
-        identity = {"stores": digests, "config": made["teacher"]["config"], "preprocessing": made["preprocessing"]}
+        said = {name: made.get(name) for name in ("teacher", "preprocessing", "tokenizer")}  # imported stores lack some
+        record = {"name": made["teacher"]["name"] or stores[0].path.name, "identity": said, "parameters": None, "run": None, "stores": digests}
+        identity = {"stores": digests, "config": made["teacher"].get("config"), "preprocessing": said["preprocessing"]}
         return Subject(identity, record, pick_device(config.device), None, stores)
     model = _load(config)
     if model.name.notice:
