@@ -89,7 +89,7 @@ class _Shards:
         if side == "image":
             each = (found["image_emb"] for _, found in self._each(start, stop))
             which = self.config.augmentation
-            return {"image/embedding": np.stack([x.mean(0, dtype=np.float64) if which == "mean" else x[int(which)] for x in each])}
+            return {"image/embedding": np.stack([x.mean(0, dtype=np.float64) if which == "mean" else x[int(which)].copy() for x in each])}
         first, last = (bisect.bisect_right(self.places.texts, row) - 1 for row in (start, stop - 1))
         rows = np.concatenate([found["text_emb"][1 - self.originals[i] :] for i, found in self._each(first, last + 1)])
         return {"text/embedding": rows[start - self.places.texts[first] :][: stop - start]}
