@@ -174,6 +174,30 @@ def test_a_split_without_answers_is_answered_and_not_scored(model_folder: Path, 
     assert (result.rows[0].scores, result.chance, len(result.rows[0].answers)) == (None, {}, result.content["data"]["evaluated"]["num_questions"])
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_questions_may_be_about_two_images_if_all_are(mixed: bool, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = task.open_vqa
+
+    def paired(name: str, split: str, **options: Any) -> VqaSplit:
+        found = opened(name, split, **options)
+        pairs = [(*q.images, (q.images[0] + 1) % found.num_images) for q in found.questions]
+        questions = tuple(dataclasses.replace(q, images=pair) for q, pair in zip(found.questions, pairs, strict=True))
+        return dataclasses.replace(found, questions=found.questions[:1] + questions[1:] if mixed else questions)
+
+    single = evaluate_vqa(small(model_folder, controls=False))
+    monkeypatch.setattr(task, "open_vqa", paired)
+    if mixed:
+        with pytest.raises(EvaluationError, match="have 1 to 2 images"):
+            evaluate_vqa(small(model_folder))
+        return
+    both = evaluate_vqa(small(model_folder, controls=False))
+    heads = [result.rows[0].head for result in (single, both)]
+    assert heads[0] is not None
+    assert heads[1] is not None
+    assert heads[1]["parameters"]["total"] == heads[0]["parameters"]["total"] + 2 * 16, "a mark for each image"
+    assert heads[1]["loss"] != heads[0]["loss"]
+
+
 def test_questions_that_the_vocabulary_cannot_answer_are_dropped_from_training_alone_and_counted(model_folder: Path) -> None:
     content = evaluate_vqa(small(model_folder, min_answer_count=15, controls=False)).content
     train, evaluated = content["data"]["train"], content["data"]["evaluated"]

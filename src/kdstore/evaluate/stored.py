@@ -5,7 +5,7 @@ Names are not trusted: 'images/0.png' is there in every split. Reading all encod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def open_stores(paths: Sequence[str], array: str) -> tuple[Store, ...]:
 
 def stored_images(stores: Sequence[Store], array: str, split: VqaSplit, grid: int | None, *, on_progress: OnProgress = silent) -> Images:
     """Find the features of all images of a split in stores; raises JoinError if one is missing, EvaluationError for tokens that do not fit the grid."""
-    digest_N = np.concatenate([as_digests([split.sha256(i)]) for i in _counted(split, on_progress)])
+    digest_N = as_digests([split.sha256(i) for i in _counted(split, on_progress)])
     place_N2 = np.full((split.num_images, 2), -1)
     for s, store in enumerate(stores):
         rows_N = match_digests(digest_N, as_digests(store.image_sha256().tolist()))
@@ -64,7 +64,7 @@ def stored_images(stores: Sequence[Store], array: str, split: VqaSplit, grid: in
     return Images(take(np.arange(1)).shape[2], take)
 
 
-def _counted(split: VqaSplit, on_progress: OnProgress) -> Any:
+def _counted(split: VqaSplit, on_progress: OnProgress) -> Iterator[int]:
     for i in range(split.num_images):
         yield i
         if (i + 1) % 100 == 0 or i + 1 == split.num_images:

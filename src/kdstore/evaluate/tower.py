@@ -35,6 +35,7 @@ class ImageTower(nn.Module):
         self._device, self._dtype, self._reads, self._grid = model.device, DTYPES[model.precision], reads, grid
 
     def train(self, mode: bool = True) -> ImageTower:
+        """Put what is trained into this mode; the rest stays in evaluation."""
         super().train(False)
         for module in self._trained:
             module.train(mode)
@@ -63,8 +64,6 @@ def tuned_images(tower: ImageTower, split: VqaSplit, pixels_gib: float) -> Image
         feature_UTW: torch.Tensor = tower(torch.from_numpy(kept.get("image", numbers_U.tolist(), decode)))
         return feature_UTW
 
-    was_training = tower.training
     with torch.no_grad():
         width = tower.eval()(torch.from_numpy(np.stack(decode([0])))).shape[2]
-    tower.train(was_training)
     return Images(width, take)
