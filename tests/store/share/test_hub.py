@@ -8,15 +8,16 @@ import http.server
 import json
 import re
 import threading
-import time
 from collections import Counter
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 
 from kdstore.errors import DamagedStore, IdentityMismatch, TransferError
 from kdstore.store import open_store, verify_store
-from kdstore.store.share import Patience, hub, pull_store, push_store
+from kdstore.store.layout import BESIDE
+from kdstore.store.share import Patience, hub, pull_store, push_store, transport
 from kdstore.store.share.hub import Hub
 from kdstore.store.share.transport import Pace
 
@@ -32,7 +33,6 @@ class FakeHub:
         self.commits = [{}]
         self.blobs = {}
         self.asked = Counter()
-        self.resolved = []
         self.uploaded = Counter()
         self.refuse = Counter()
         self.tokens_at_cdn = []
@@ -138,7 +138,6 @@ class FakeHub:
         to.reply(200, {"commitUrl": f"{self.url}/datasets/lab/store/commit/1", "commitOid": f"{len(self.commits) - 1:040x}", "success": True})
 
     def resolve(self, to, body, revision, path):
-        self.resolved.append(time.monotonic())
         oid = self.at(revision).get(path)
         if oid is None:
             return to.reply(404)
@@ -183,7 +182,7 @@ def test_a_store_goes_to_the_hub_in_bounded_commits_and_comes_back(fake, pristin
     assert verify_store(tmp_path / "pulled").ok
     assert set(fake.tokens_at_cdn) == {None}  # the token stays with the Hub
     assert fake.asked["info"] == 1  # the revision is resolved once
-    assert fake.asked["resolve"] <= pulled.files + 6
+    assert fake.asked["resolve"] <= pulled.files + 7
     assert TOKEN not in str(told)
 
 
@@ -240,10 +239,22 @@ def test_a_damaged_file_is_not_pushed_and_a_refusal_names_no_token(fake, copied,
     assert "hf_wrong" not in str(refused.value)
 
 
-def test_requests_stay_under_the_limit_of_the_hub(fake, pristine, tmp_path, patience, monkeypatch):
+def test_every_request_that_the_hub_counts_waits_its_turn(fake, pristine, tmp_path, patience, monkeypatch):
     push_store(pristine, PLACE, patience=patience)
-    monkeypatch.setattr("kdstore.store.share.places.PLACES", {"hf": lambda url, patience: Hub(url, patience, Pace(10, 0.2))})
-    pulled = pull_store(PLACE, tmp_path / "pulled", patience=patience)
-    assert pulled.whole
-    for first, eleventh in zip(fake.resolved, fake.resolved[10:], strict=False):
-        assert eleventh - first > 0.15
+    turns = []
+    monkeypatch.setattr(Pace, "wait", lambda pace: turns.append(pace))
+    assert pull_store(PLACE, tmp_path / "pulled", patience=patience).whole
+    assert len(turns) == fake.asked["resolve"] == 57 + 1 + len(BESIDE) + 1  # the files, the manifest, what lies beside it, and the card once more
+    assert len(set(turns)) == 1
+
+
+def test_no_more_than_the_limit_begin_in_any_window(monkeypatch):
+    now, begun = [100.0], []
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)))
+    pace = Pace(10, 300.0)
+    for i in range(64):
+        now[0] += i % 7
+        pace.wait()
+        begun.append(now[0])
+    assert all(later - first >= 300.0 for first, later in zip(begun, begun[10:], strict=False))
+    assert begun[-1] < 100.0 + 7 * 300.0 + 7 * 7  # and nobody waits longer than that asks for
