@@ -72,6 +72,7 @@ def test_a_store_joins_with_the_images_that_another_lab_still_has(tmp_path):
     assert result.left_out == {"not in the source": len(gone), "not in the store": 1}
 
     pull_store(str(tmp_path / "published"), tmp_path / "part", choice=Choice(rows=slice(0, 8)))
-    result = distill(DistillConfig(**settings | {"cache": str(tmp_path / "part")}, join="content", changed_images="allow", out=str(tmp_path / "of-part")))
+    of_part = settings | {"cache": str(tmp_path / "part"), "batch_size": 4, "out": str(tmp_path / "of-part")}
+    result = distill(DistillConfig(**of_part, join="content", changed_images="allow"))
     assert result.pairs == 8 - len(gone)
     assert result.left_out == {"not in the source": len(gone), "not in the store": 1, "not in this part of the store": IMAGES - 8}
