@@ -130,7 +130,7 @@ WRONG = {
     "agreement of one": (["evaluate", "agreement", "--cache", "STORE"], "found 0 of --model and 1 of --cache"),
     "too few to agree on": (["evaluate", "agreement", "--cache", "STORE", "--cache", "STORE"], "and 2000 were asked for"),
     "probe without labels": (["evaluate", "probe", "--train-cache", "STORE", "--cache", "STORE"], "has a label"),
-    "unknown data set": (["evaluate", "vqa", "--model", "scenes-T", "--dataset", "vqa3"], "easy-vqa"),
+    "unknown data set": (["evaluate", "vqa", "--model", "scenes-T", "--dataset", "vqa3"], "vqav2"),
     "missing VQA folder": (["evaluate", "vqa", "--model", "scenes-S", "--dataset", "easy-vqa", "--data-dir", "nowhere"], "nowhere"),
 }
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from kdstore.errors import EvaluationError, UnknownName
-from kdstore.evaluate.datasets import VQA_DATASETS, open_vqa
+from kdstore.evaluate.datasets import open_vqa
 from kdstore.metrics.vqa import vqa_accuracy
 
 EASY_ROWS = [["what color is the shape?", "blue", 7], ["is there a circle?", "yes", 3], ["what shape is in the image?", "circle", 7], ["is it teal?", "no", 3]]
@@ -89,7 +89,7 @@ def test_what_is_missing_is_named_with_the_folder_looked_in(tmp_path: Path) -> N
     [
         ("{", "Line 1 of .* is not JSON"),
         ("[1]", "Line 1 of .* is not a JSON object"),
-        ('{"image": "a.png", "question": "q"}', "it has image, question"),
+        ('{"image": "a.png", "question": "q", "answer": "x"}\n{"image": "a.png", "question": "q"}', "Line 2 .* it has image, question"),
         ('{"image": "a.png", "question": "q", "answers": []}', "Line 1"),
         ('{"image": "a.png", "question": "q", "answer": 3}', "found 3"),
         ('{"image": "a.png", "question": "q", "answer": "x", "question_id": [1]}', "expected a number or a text"),
@@ -126,13 +126,3 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     (tmp_path / "train" / "images" / "3.png").write_bytes(b"no image")
     with pytest.raises(EvaluationError, match=r"3.png of easy-vqa/train cannot be decoded"):
         open_vqa("easy-vqa", "train", folder=tmp_path).image(0)
-
-
-def test_every_registered_data_set_opens_from_its_layout(tmp_path: Path) -> None:
-    write_easy_vqa(tmp_path, "train", EASY_ROWS)
-    (tmp_path / "train.jsonl").write_text('{"image": "train/images/3.png", "question": "what?", "answer": "x"}')
-    for name in VQA_DATASETS:
-        split = open_vqa(name, "train", folder=None if name == "scenes" else tmp_path, num_images=1)
-        assert split.num_images == 1
-        assert {q.images for q in split.questions} == {(0,)}
-        assert split.image(0).width == 64

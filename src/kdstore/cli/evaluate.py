@@ -49,6 +49,30 @@ def evaluate_vqa(
     show(result.content, as_json, text=markdown_table([result.content]))
 
 
+@evaluate_app.command("score")
+def evaluate_score(
+    dataset: Annotated[str | None, typer.Option(help="See 'kdstore list vqa', or hf:ORG/NAME.")] = None,
+    folder: Annotated[str | None, typer.Option("--data-dir", help="Folder of the data set's files.")] = None,
+    split: Annotated[str | None, typer.Option(help="Whose answers are public.")] = None,
+    predictions: Annotated[str | None, typer.Option(help="File as the data set's own evaluator takes it.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Another metric than the data set's own.")] = None,
+    metric_version: Annotated[str | None, typer.Option(help="Another behaviour of it than the default.")] = None,
+    out: Out = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Score a file of predictions by the data set's metric; no model is needed."""
+    from kdstore.evaluate import score
+    from kdstore.evaluate.results import markdown_table
+
+    options = {"dataset": dataset, "folder": folder, "split": split, "predictions": predictions, "metric": metric, "metric_version": metric_version, "out": out}
+    config = config_of(score.ScoreConfig, "score", recipe, settings, options)
+    with bars() as on_progress:
+        content = score.evaluate_score(config, on_progress=on_progress)
+    show(content, as_json, text=markdown_table([content]))
+
+
 @evaluate_app.command("zeroshot")
 def evaluate_zeroshot(
     model: ModelOption = None,

@@ -81,7 +81,7 @@ def list_sources(as_json: Json = False) -> None:
 
 @list_app.command("vqa")
 def list_vqa(as_json: Json = False) -> None:
-    """List the VQA data sets."""
+    """List the VQA data sets; docs/vqa-datasets.md says what to download for each."""
     from kdstore.evaluate.datasets import VQA_DATASETS
 
-    show({"datasets": list(VQA_DATASETS)}, as_json, text="\n".join(VQA_DATASETS))
+    show({"datasets": [*VQA_DATASETS, "hf:ORG/NAME"]}, as_json, text="\n".join([*VQA_DATASETS, "hf:ORG/NAME"]))

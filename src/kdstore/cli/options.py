@@ -21,7 +21,7 @@ Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
 ModelOption = Annotated[str | None, typer.Option(help="A run folder, ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher.")]
 Pretrained = Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")]
 Out = Annotated[str | None, typer.Option(help="Result file.")]
-SECTIONS = {"extract", "distill", "vqa", "zeroshot", "retrieval", "probe", "agreement", "demo"}
+SECTIONS = {"extract", "distill", "vqa", "score", "zeroshot", "retrieval", "probe", "agreement", "demo"}
 
 
 def config_of(cls: type[C], section: str, recipe: Path | None, settings: list[str] | None, options: dict[str, Any]) -> C:

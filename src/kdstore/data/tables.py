@@ -38,6 +38,11 @@ def open_table(spec: str, path: Path, options: dict[str, str]) -> ColumnSource:
 
 def open_hub(spec: str, name: str, options: dict[str, str]) -> ColumnSource:
     """Open `ORG/NAME[/CONFIG][:SPLIT]` of the Hugging Face Hub (SPLIT: train)."""
+    return table_source(spec, _with_class_names(hub_rows(name), options), None, options)
+
+
+def hub_rows(name: str) -> Any:
+    """Return `ORG/NAME[/CONFIG][:SPLIT]` as a dataset mapped from the cache of `datasets`; raises SourceError."""
     import datasets
 
     path, _, split = name.partition(":")
@@ -48,7 +53,7 @@ def open_hub(spec: str, name: str, options: dict[str, str]) -> ColumnSource:
     except Exception as e:  # the hub client raises its own, the network's and the builder's errors
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise SourceError(f"Cannot open the hub dataset {name}: {lines[0][:200]}", "Check the name, the configuration, the split and the network.") from e
-    return table_source(spec, _with_class_names(rows, options), None, options)
+    return rows
 
 
 def _read_table(path: Path, options: dict[str, str]) -> pa.Table:
@@ -91,7 +96,7 @@ def table_source(spec: str, table: pa.Table, folder: Path | None, options: dict[
     if not table.num_rows:
         raise SourceError(f"{spec} has no rows.", "Give a table with images and captions.")
     images = table[_column(spec, table, "image", IMAGE_COLUMNS, options.get("image"))]
-    read = functools.partial(_read_cell, images, folder)
+    read = functools.partial(read_cell, images, folder)
     by_kind = {kind: options[option].split(",") for option, kind in KINDS.items() if option in options}
     if not by_kind:
         by_kind = {"human": [_column(spec, table, "caption", CAPTION_COLUMNS, None)]}
@@ -161,7 +166,7 @@ def _or_numbers(names: pa.ChunkedArray | None, num_rows: int) -> tuple[pa.Chunke
     return pc.if_else(nameless, numbers, names), (f"{count} of {num_rows} rows name no image: their keys are row numbers.",)
 
 
-def _read_cell(images: pa.ChunkedArray, folder: Path | None, row: int) -> bytes:
+def read_cell(images: pa.ChunkedArray, folder: Path | None, row: int) -> bytes:
     """Return the encoded image of a cell: bytes, the path of a file, or both as `datasets` keeps them."""
     value: Any = images[row].as_py()
     made_by_datasets = isinstance(value, dict) and folder is None

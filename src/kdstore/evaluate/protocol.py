@@ -21,6 +21,7 @@ class VqaConfig:
     folder: str | None = None  # of data sets that are files
     train_split: str = "train"  # 'train+val' where the evaluated split has no answers
     eval_split: str = "test"
+    leaks: str = "report"  # images that are in both splits; or refuse
     train_images: int | None = None  # the first ones of the split; None: all
     eval_images: int | None = None
     metric_version: str | None = None  # None: the default of the data set's metric
@@ -69,7 +70,7 @@ class VqaConfig:
             )
         if not 0 <= self.early_stopping < 1:
             raise ConfigError(f"'early_stopping' must be a share of the training images in [0, 1), found {self.early_stopping}.", "Correct early_stopping.")
-        for name, known in (("question_encoder", QUESTION_ENCODERS), ("lookup", LOOKUPS)):
+        for name, known in (("question_encoder", QUESTION_ENCODERS), ("lookup", LOOKUPS), ("leaks", LEAKS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"'{name}' must be one of {', '.join(known)}, found '{getattr(self, name)}'.", f"Correct {name}.")
         self._check_mode()
@@ -124,9 +125,10 @@ QUESTION_ENCODERS = ("scratch", "own-text-tower")
 tower, a second protocol, since it mixes what image and text towers know."""
 
 LOOKUPS = ("normalised", "raw")
+LEAKS = ("report", "refuse")
 
 NOT_IN_DIGEST = (
     *("model", "pretrained", "features", "folder", "controls", "seeds"),
-    *("device", "encode_batch", "pixels_gib", "save_every", "out"),
+    *("device", "encode_batch", "pixels_gib", "save_every", "leaks", "out"),
 )
 """Settings that are no part of the protocol: results of equal digests may stand in one table."""

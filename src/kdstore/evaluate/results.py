@@ -21,7 +21,7 @@ from kdstore.evaluate.outcomes import Outcomes, encode_outcomes, write_outcomes
 from kdstore.jsonfile import disk_error, read_json, write_json
 from kdstore.models.load import Model, parameter_counts
 
-STAGES = ("evaluate vqa", "evaluate zeroshot", "evaluate retrieval", "evaluate probe", "evaluate agreement")
+STAGES = ("evaluate vqa", "evaluate score", "evaluate zeroshot", "evaluate retrieval", "evaluate probe", "evaluate agreement")
 
 
 def model_record(model: Model) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from kdstore.config import as_dict
 from kdstore.errors import EvaluationError
 from kdstore.evaluate.fit import Kept
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
-from kdstore.evaluate.task import VqaTask, split_digest
+from kdstore.evaluate.task import VqaTask
 from kdstore.jsonfile import digest_of, disk_errors, make_folders, read_json, write_json
 from kdstore.models.checkpoint import export_model, write_tensors
 from kdstore.models.load import Model
@@ -51,7 +51,7 @@ def row_of(name: str, seed: int, config: VqaConfig, task: VqaTask, images: dict[
         "seed": seed,
         "images": images,
         "protocol": {k: v for k, v in as_dict(config).items() if k not in (*NOT_IN_DIGEST, "metric_version")},
-        "train": split_digest(task.train),
+        "train": task.train.digest,
         "asked": [[q.question_id, q.question, list(q.images)] for q in task.evaluated.questions],
         "evaluated": task.evaluated.name,
         "version": kdstore.__version__,

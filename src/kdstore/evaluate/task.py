@@ -18,6 +18,7 @@ from kdstore.errors import ConfigError, EvaluationError
 from kdstore.evaluate.answers import AnswerVocabulary, answer_vocabulary, best_answers, chance_per_type, label_scores, soft_target, word_vocabulary
 from kdstore.evaluate.datasets import open_vqa
 from kdstore.evaluate.datasets.form import VqaQuestion, VqaSplit
+from kdstore.evaluate.leaks import check_leaks
 from kdstore.evaluate.protocol import VqaConfig
 from kdstore.jsonfile import digest_of
 from kdstore.metrics.answers import metric_version, score_answers
@@ -46,6 +47,7 @@ class VqaTask:
     dropped: int
     num_images: int  # of a question
     version: str
+    leaks: dict[str, Any]
 
     def score(self, answers: Sequence[str]) -> Scores:
         """Score one answer to each question of the evaluated split by its metric."""
@@ -79,8 +81,9 @@ class VqaTask:
             answerable = sum(bool(soft_target(q, self.vocabulary)) for q in self.evaluated.questions)
             reach |= {"answerable": answerable, "coverage": round(100 * answerable / len(self.evaluated.questions), 2)}
         return {
-            "train": {**_split_record(self.train), "dropped": self.dropped, **held},
-            "evaluated": {**_split_record(self.evaluated), **reach},
+            "train": {**self.train.record(), "dropped": self.dropped, **held},
+            "evaluated": {**self.evaluated.record(), **reach},
+            "leaks": self.leaks,
             "vocabulary": {
                 "answers": len(self.vocabulary),
                 "words": len(self.words),
@@ -127,6 +130,7 @@ def open_task(config: VqaConfig, on_progress: OnProgress) -> VqaTask:
         dropped=len(asked) - len(held) - len(pairs),
         num_images=num_images,
         version=metric_version(evaluated.metric, config.metric_version),
+        leaks=check_leaks(train, evaluated, config.leaks, on_progress=on_progress),
     )
 
 
@@ -158,6 +162,10 @@ def _together(splits: Sequence[VqaSplit]) -> VqaSplit:
         split, i = of(number)
         return split.sha256(i)
 
+    def size(number: int) -> int | None:
+        split, i = of(number)
+        return split.size(i)
+
     questions = tuple(
         replace(q, question_id=f"{split.name}/{q.question_id}", images=tuple(i + start for i in q.images))
         for split, start in zip(splits, starts, strict=False)
@@ -170,14 +178,6 @@ def _together(splits: Sequence[VqaSplit]) -> VqaSplit:
         image_names=tuple(name for split in splits for name in split.image_names),
         load=load,
         sha256=sha256,
+        size=size,
         answered=all(split.answered for split in splits),
     )
-
-
-def _split_record(split: VqaSplit) -> dict[str, Any]:
-    return {"name": split.name, "num_images": split.num_images, "num_questions": len(split.questions), "digest": split_digest(split)}
-
-
-def split_digest(split: VqaSplit) -> str:
-    """Return a digest of all questions with their answers."""
-    return digest_of([[q.question, q.annotation()] for q in split.questions])

@@ -11,30 +11,32 @@ All questions of the evaluated split count, whether or not the vocabulary can an
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from kdstore.config import as_dict, config_digest
 from kdstore.errors import UnknownName
 from kdstore.evaluate.answers import START, UNKNOWN, split_words
-from kdstore.evaluate.datasets import VQA_DATASETS
+from kdstore.evaluate.datasets import check_vqa_name, write_submission
 from kdstore.evaluate.datasets.form import VqaQuestion
 from kdstore.evaluate.features import question_states, without_image
 from kdstore.evaluate.fit import Lessons, answer_questions, build_head, fit_head
 from kdstore.evaluate.heads import HEADS, head_parameters
-from kdstore.evaluate.outcomes import Outcomes, Run
+from kdstore.evaluate.outcomes import Outcomes
 from kdstore.evaluate.packing import QuestionRows, pack_questions
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.evaluate.rows import Row, checkpoint_of, keep_answers, keep_model, kept_answers, row_of
+from kdstore.evaluate.score import outcomes_of, score_record
 from kdstore.evaluate.sights import Sight, Subject, frozen_sights, open_subject, tuned_sight
 from kdstore.evaluate.task import Asked, VqaTask, open_task
-from kdstore.metrics.scores import Scores, rounded_percent
+from kdstore.jsonfile import make_folders
+from kdstore.metrics.scores import Scores
 from kdstore.progress import OnProgress, silent
 
 ROWS = ("model", "question-only", "untrained")
@@ -68,9 +70,9 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
     EvaluationError before any head is trained, and Interrupted for Ctrl-C or SIGTERM.
     """
     check_out(config.out)
-    for what, name, known in (("VQA data set", config.dataset, VQA_DATASETS), ("head", config.head, HEADS)):
-        if name not in known:
-            raise UnknownName.of(what, name, known)
+    check_vqa_name(config.dataset)
+    if config.head not in HEADS:
+        raise UnknownName.of("head", config.head, HEADS)
     started = time.perf_counter()
     task = open_task(config, on_progress)
     subject = open_subject(config, on_progress)
@@ -80,6 +82,8 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
         chance = task.chance
         if config.controls:
             rows.append(VqaRow("vocabulary-oracle", None, tuple(task.oracle), task.score(task.oracle)))
+    else:
+        _write_submissions(config, task, rows)
     seconds = {f"{row.name}, seed {row.seed}": round(row.seconds, 1) for row in rows if row.head}
     content = {
         "stage": "evaluate vqa",
@@ -181,32 +185,22 @@ def _fresh_head(config: VqaConfig, task: VqaTask, image_width: int, states: torc
         return build_head(config, image_width, len(task.vocabulary), num_words=len(task.words), states=states, num_images=task.num_images)
 
 
-def _outcomes(task: VqaTask, rows: Sequence[VqaRow]) -> Outcomes | None:
-    """Put every answer beside its score, of the questions that count; None where nothing is scored."""
-    if not task.evaluated.answered:
-        return None
-    runs, counted = [], np.zeros(0, bool)
+def _write_submissions(config: VqaConfig, task: VqaTask, rows: Sequence[VqaRow]) -> None:
+    """Write the model's answers as the owner's server takes them, a file per seed beside the result."""
     for row in rows:
-        assert row.scores is not None
-        score_N = np.array([row.scores.per_question.get(q.question_id, np.nan) for q in task.evaluated.questions])
-        counted = ~np.isnan(score_N)
-        answers = [answer for answer, counts in zip(row.answers, counted, strict=True) if counts]
-        runs.append(Run(row.name, row.seed, score_N[counted], answers))
-    items = [q for q, counts in zip(task.evaluated.questions, counted, strict=True) if counts]
-    columns = ([str(q.question_id) for q in items], [" ".join(map(str, q.images)) for q in items], [q.question_type for q in items])
-    return Outcomes(*columns, tuple(runs))
+        if row.name == "model" and config.out is not None:
+            path = Path(config.out).with_suffix(f".seed{row.seed}.predictions{task.evaluated.submission.suffix}")
+            make_folders(path.parent)
+            answers: dict[Hashable, Any] = {q.question_id: answer for q, answer in zip(task.evaluated.questions, row.answers, strict=True)}
+            write_submission(path, task.evaluated, answers)
+
+
+def _outcomes(task: VqaTask, rows: Sequence[VqaRow]) -> Outcomes | None:
+    """Put every answer beside its score; None where nothing is scored."""
+    scored = [(row.name, row.seed, row.answers, row.scores) for row in rows if row.scores is not None]
+    return outcomes_of(task.evaluated.questions, scored) if scored else None
 
 
 def _row_record(row: VqaRow, task: VqaTask) -> dict[str, Any]:
-    """Put the quoted score and those of the question types side by side, the columns of a table, and the metric's official fields behind."""
-    record: dict[str, Any] = {"row": row.name, "seed": row.seed, "head": row.head}
-    if row.scores is None:
-        return {**record, "scores": {}}
-    return {**record, "scores": flat_scores(row.scores, task), "aggregate": row.scores.aggregate, "groups": row.scores.groups}
-
-
-def flat_scores(scores: Scores, task: VqaTask) -> dict[str, float]:
-    """Return the score to quote as `overall`, and that of each question type."""
-    counted = [(q.question_type, scores.per_question[q.question_id] / 100) for q in task.evaluated.questions if q.question_id in scores.per_question]
-    of_type = {kind: rounded_percent(score for k, score in counted if k == kind) for kind in dict.fromkeys(kind for kind, _ in counted)}
-    return {"overall": scores.overall, **scores.groups.get("perQuestionType", of_type)}
+    scores = {"scores": {}} if row.scores is None else score_record(row.scores, task.evaluated.questions)
+    return {"row": row.name, "seed": row.seed, "head": row.head, **scores}

@@ -1,4 +1,4 @@
-"""The one form of a VQA data set: questions that point at images, and a function that decodes an image.
+"""The one form of a VQA data set: questions that point at images, and functions that read an image.
 
 Questions carry the annotators' answers as official records. Where a set has a single answer per question it is repeated as ten annotators, under
 which the official accuracy (2021) is exact match. What only one data set's metric needs travels in `extra`, under its owner's names.
@@ -6,17 +6,24 @@ which the official accuracy (2021) is exact match. What only one data set's metr
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kdstore.data.source import LoadedImage, UndecodableImage
 from kdstore.errors import EvaluationError
+from kdstore.evaluate.datasets.submission import RECORDS, Submission
+from kdstore.jsonfile import canonical_json
 
 
 @dataclass(frozen=True)
 class VqaQuestion:
-    """A question on images of its split, by number (NLVR2: two); `answers` are records with `answer` and `answer_id`, one per annotator."""
+    """A question on images of its split, by number (NLVR2: two); `answers` are records with `answer` and `answer_id`, one per annotator.
+
+    Equal records are one object, so none of them may be changed.
+    """
 
     question_id: int | str
     images: tuple[int, ...]
@@ -27,7 +34,7 @@ class VqaQuestion:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def annotation(self) -> dict[str, Any]:
-        """Return the official annotation record, and `extra`, as the functions of METRICS take it."""
+        """Return the official annotation record, with `question` and `extra` beside it, as METRICS take it."""
         return {
             "question_id": self.question_id,
             "question": self.question,
@@ -42,8 +49,8 @@ class VqaQuestion:
 class VqaSplit:
     """The questions of one split and its images by number; `name` says what it is in results, `metric` which of METRICS scores it.
 
-    `answered` is False for a test split whose answers its owner keeps: its questions have none. `sha256` returns the hex digest of an encoded
-    image, read when it is asked for.
+    `answered` is False for a split whose answers its owner keeps: its questions have none, and `submission` is how the owner's server takes ours.
+    `sha256` returns the hex digest of an encoded image and `size` its bytes without reading it (None: images that are drawn).
     """
 
     name: str
@@ -51,8 +58,10 @@ class VqaSplit:
     image_names: tuple[str, ...]
     load: Callable[[int], LoadedImage]
     sha256: Callable[[int], str]
+    size: Callable[[int], int | None] = lambda i: None
     metric: str = "vqa"
     answered: bool = True
+    submission: Submission = RECORDS
 
     @property
     def num_images(self) -> int:
@@ -66,3 +75,15 @@ class VqaSplit:
             raise EvaluationError(
                 f"Image {self.image_names[i]} of {self.name} cannot be decoded: {e.reason}.", "Restore the image, or take its questions out."
             ) from e
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The sha256 of all questions with their answers, taken one by one, since a split may hold millions of answers."""
+        content = hashlib.sha256()
+        for question in self.questions:
+            content.update(canonical_json(question.annotation()))
+        return f"sha256:{content.hexdigest()}"
+
+    def record(self) -> dict[str, Any]:
+        """Say in a result which questions these were."""
+        return {"name": self.name, "num_images": self.num_images, "num_questions": len(self.questions), "digest": self.digest}
