@@ -19,8 +19,10 @@ from kdstore.evaluate.datasets import VqaSplit, open_vqa, read_predictions
 from kdstore.evaluate.datasets.submission import CSV, OBJECT
 from kdstore.evaluate.leaks import check_leaks, find_leaks
 from kdstore.evaluate.outcomes import read_outcomes
+from kdstore.evaluate.protocol import VqaConfig
 from kdstore.evaluate.results import read_result
 from kdstore.evaluate.score import ScoreConfig, evaluate_score
+from kdstore.evaluate.vqa import evaluate_vqa
 
 ANSWERS = (["red"] * 9 + ["blue"], ["2"] * 10, ["a cat"] * 5 + ["cat"] * 5)
 
@@ -136,6 +138,9 @@ def test_images_in_two_splits_are_found_by_name_and_by_content(tmp_path: Path) -
     assert said == [f"2 images of jsonl/leaky (2 questions) are in jsonl/train too, first {names[0][0]} as {names[0][1]}."]
     with pytest.raises(EvaluationError, match="2 images of jsonl/leaky"):
         check_leaks(train, leaky, "refuse")
+    refusing = VqaConfig(model="scenes-T", dataset="jsonl", folder=str(tmp_path), eval_split="leaky", leaks="refuse")
+    with pytest.raises(EvaluationError, match="2 images of jsonl/leaky"):
+        evaluate_vqa(refusing)
     assert check_leaks(train, clean, "refuse")["images"] == 0
     assert not find_leaks(train, clean).notice()
 

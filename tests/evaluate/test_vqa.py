@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from kdstore.errors import ConfigError, DiskFull, EvaluationError, UnknownName
 from kdstore.evaluate import features, task
-from kdstore.evaluate.datasets import VQA_DATASETS, open_vqa
+from kdstore.evaluate.datasets import VQA_DATASETS, open_vqa, read_predictions
 from kdstore.evaluate.datasets.form import VqaSplit
 from kdstore.evaluate.features import image_features
 from kdstore.evaluate.outcomes import read_outcomes
@@ -73,6 +73,7 @@ def test_the_written_result_proves_itself_and_says_where_it_comes_from(result: V
     assert content["model"]["parameters"]["total"] > content["model"]["parameters"]["without_token_embedding"] > 0
     assert content["metric"] == {"name": "vqa", "version": "2021"}
     assert (content["data"]["train"]["name"], content["data"]["evaluated"]["name"]) == ("scenes/train:24", "scenes/test:16")
+    assert content["data"]["leaks"] == {"compared": "names", "images": 0, "by_name": 0, "by_content": 0, "questions": 0, "first": []}
     assert content["data"]["evaluated"]["coverage"] == pytest.approx(
         100 * content["data"]["evaluated"]["answerable"] / content["data"]["evaluated"]["num_questions"], abs=0.01
     )
@@ -159,7 +160,7 @@ def test_the_answers_of_the_reported_split_decide_nothing_but_its_score(model_fo
         assert a.scores != b.scores
 
 
-def test_a_split_without_answers_is_answered_and_not_scored(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_without_answers_is_answered_for_its_server_and_not_scored(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = task.open_vqa
 
     def unanswered(name: str, split: str, **options: Any) -> VqaSplit:
@@ -168,10 +169,13 @@ def test_a_split_without_answers_is_answered_and_not_scored(model_folder: Path, 
         return found if split != "test" else dataclasses.replace(found, questions=questions, answered=False)
 
     monkeypatch.setattr(task, "open_vqa", unanswered)
-    result = evaluate_vqa(small(model_folder, train_split="train+retrieval", controls=False))
+    result = evaluate_vqa(small(model_folder, train_split="train+retrieval", controls=False, out=str(tmp_path / "vqa.json")))
     assert result.content["data"]["vocabulary"]["from"] == "scenes/train:24+scenes/retrieval:24"
     assert result.content["data"]["train"]["num_images"] == 48
     assert (result.rows[0].scores, result.chance, len(result.rows[0].answers)) == (None, {}, result.content["data"]["evaluated"]["num_questions"])
+    (written,) = tmp_path.glob("*predictions*")
+    assert written.name == "vqa.seed0.predictions.json"
+    assert tuple(read_predictions(written, open_vqa("scenes", "test", num_images=16)).values()) == result.rows[0].answers
 
 
 @pytest.mark.parametrize("mixed", [False, True])
