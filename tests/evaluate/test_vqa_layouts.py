@@ -334,8 +334,15 @@ def test_gqa_comes_in_chunks_with_choices_and_scenes(tmp_path: Path) -> None:
     for n, (i, question) in enumerate(questions.items()):
         write_json(tmp_path / "val_balanced_questions" / f"val_balanced_questions_{n}.json", {i: question})
     assert open_vqa("gqa", "val", folder=tmp_path).questions == whole.questions
+    for wrong in ({"types": {"structural": "query"}}, {"groups": {}}, {"semantic": [3]}, {"isBalanced": None}, {"answer": 3}):
+        write_json(tmp_path / "val_balanced_questions" / "val_balanced_questions_1.json", {"025": gqa_question(25, **wrong)})
+        with pytest.raises(EvaluationError, match=r"Question 025 of .* as published files have it"):
+            open_vqa("gqa", "val", folder=tmp_path)
     (tmp_path / "val_balanced_questions" / "val_balanced_questions_1.json").unlink()
     with pytest.raises(EvaluationError, match="missing chunks"):
+        open_vqa("gqa", "val", folder=tmp_path)
+    write_json(tmp_path / "eval" / "val_choices.json", {"09": {"valid": ["red"]}})
+    with pytest.raises(EvaluationError, match=r"Question 09 of .*val_choices\.json has no lists"):
         open_vqa("gqa", "val", folder=tmp_path)
 
 

@@ -70,14 +70,28 @@ def _questions(path: Path, answered: bool) -> Iterator[tuple[str, dict[str, Any]
         needed |= {"answer": str, "isBalanced": bool, "types": dict, "groups": dict, "entailed": list, "semantic": list}
     for question_id, row in _object(path, read_json(path)).items():
         wrong = [name for name, kind in needed.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)]
-        if wrong or (answered and not isinstance(row["types"].get("structural"), str)):
-            raise EvaluationError(f"Question {question_id} of {path} has no {', '.join(wrong) or 'structural type'} as the published files have it.", _RESTORE)
+        if wrong or (answered and not _is_described(row)):
+            raise EvaluationError(
+                f"Question {question_id} of {path} has no {', '.join(wrong) or 'types, groups and program'} as published files have it.", _RESTORE
+            )
         yield question_id, row
+
+
+def _is_described(row: dict[str, Any]) -> bool:
+    """Whether a question has what the metric breaks its score down by."""
+    types = all(isinstance(row["types"].get(name), str) for name in ("structural", "semantic", "detailed"))
+    return types and "global" in row["groups"] and all(isinstance(step, dict) and {"operation", "argument"} <= step.keys() for step in row["semantic"])
 
 
 def _choices(root: Path, tier: str) -> dict[str, Any] | None:
     path = next((root / p for p in (f"{tier}_choices.json", f"eval/{tier}_choices.json") if (root / p).is_file()), None)
-    return None if path is None else _object(path, read_json(path))
+    if path is None:
+        return None
+    choices = _object(path, read_json(path))
+    for question_id, of_question in choices.items():
+        if not (isinstance(of_question, dict) and isinstance(of_question.get("valid"), list) and isinstance(of_question.get("plausible"), list)):
+            raise EvaluationError(f"Question {question_id} of {path} has no lists 'valid' and 'plausible'.", _RESTORE)
+    return choices
 
 
 def _object(path: Path, content: Any) -> dict[str, Any]:
