@@ -19,7 +19,8 @@ from kdstore.evaluate.datasets.form import VqaSplit
 from kdstore.evaluate.features import image_features
 from kdstore.evaluate.outcomes import read_outcomes
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig, parse_seeds
-from kdstore.evaluate.results import markdown_table, read_result
+from kdstore.evaluate.results import read_result
+from kdstore.evaluate.tables import markdown_table
 from kdstore.evaluate.vqa import VqaResult, evaluate_vqa
 from kdstore.jsonfile import digest_of, write_json
 from kdstore.models.load import load_model
@@ -210,16 +211,22 @@ def test_questions_that_the_vocabulary_cannot_answer_are_dropped_from_training_a
     assert evaluated["num_questions"] == len(open_vqa("scenes", "test", num_images=16).questions)
 
 
-def test_a_table_names_rows_and_marks_missing_scores(result: VqaResult) -> None:
-    content = {**result.content, "rows": [*result.content["rows"], {"row": "other", "scores": {"overall": 1.0}}]}
-    lines = markdown_table([content]).splitlines()
-    assert lines[0].startswith("| model | overall | ")
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        f"| {content['model']['name']}{suffix}" for suffix in ("", ", question-only", ", untrained", ", vocabulary-oracle", ", other")
+def test_the_summary_has_an_interval_around_every_score_and_the_table_shows_it(result: VqaResult) -> None:
+    for row, record in zip(result.rows, result.content["summary"], strict=True):
+        assert record["row"] == row.name
+        for name, score in record["scores"].items():
+            low, high = score["interval"]
+            assert low - 0.01 <= score["mean"] <= high + 0.01
+            assert 1 < score["images"] <= score["items"]
+            assert name == "overall" or score["items"] < len(open_vqa("scenes", "test", num_images=16).questions)
+    lines = markdown_table([result.content]).splitlines()
+    assert lines[0].startswith("| model ")
+    shown = result.content["summary"][0]["scores"]["overall"]
+    assert f" {shown['mean']:.1f} [{shown['interval'][0]:.1f}, {shown['interval'][1]:.1f}] |" in lines[2]
+    name = result.content["model"]["name"]
+    assert [line[2:].split(" | ")[0].strip() for line in lines[2:]] == [
+        f"{name}{suffix}" for suffix in ("", ", question-only", ", untrained", ", vocabulary-oracle")
     ]
-    assert lines[-1].endswith("| 1.00 | - | - | - | - | - | - |")
-    with pytest.raises(EvaluationError, match="one stage"):
-        markdown_table([content, {**content, "stage": "evaluate retrieval"}])
 
 
 def test_wrong_settings_get_one_clear_line_before_any_work(model_folder: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def evaluate_vqa(
     options |= {"question_encoder": question_encoder, "features": features or None, "mode": mode, "image_size": image_size}
     config = config_of(VqaConfig, "vqa", recipe, settings, {**options, "controls": controls, "out": out, "seeds": parse_seeds(seeds), "device": device})
     from kdstore.evaluate import vqa
-    from kdstore.evaluate.results import markdown_table
+    from kdstore.evaluate.tables import markdown_table
 
     with bars() as on_progress:
         result = vqa.evaluate_vqa(config, on_progress=on_progress)
@@ -172,6 +172,6 @@ def evaluate_agreement(
 
 
 def _show_table(content: dict[str, Any], as_json: bool) -> None:
-    from kdstore.evaluate.results import markdown_table
+    from kdstore.evaluate.tables import markdown_table
 
     show(content, as_json, text=markdown_table([content]))

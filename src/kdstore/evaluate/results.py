@@ -1,14 +1,14 @@
-"""The one form of a result: a JSON file that proves itself and says where it comes from, and its table in Markdown.
+"""The one form of a result: a JSON file that proves itself and says where it comes from.
 
-Fields: `stage`, `model` (name, identity, parameters, run), `data`, `config`, `config_digest`, `rows` (a name and `scores` each), `outcomes` (what
-lies beside it per question), what the stage adds, and `made` (versions, device, seconds), the only part in which two runs of one seed on one machine differ.
+Fields: `stage`, `model` (name, identity, parameters, run), `data`, `config`, `config_digest`, `rows` (a name and `scores` each), `summary` (each
+row over its seeds, with intervals), `outcomes` (what lies beside it of every question), what the stage adds, and `made` (versions, device, seconds),
+the only part in which two runs of one seed on one machine differ.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import kdstore
 from kdstore.errors import ConfigError, EvaluationError, RunError
 from kdstore.evaluate.outcomes import Outcomes, encode_outcomes, write_outcomes
+from kdstore.evaluate.summary import summarise
 from kdstore.jsonfile import disk_error, read_json, write_json
 from kdstore.models.load import Model, parameter_counts
 
@@ -59,7 +60,8 @@ def check_out(out: str | None) -> None:
 
 
 def write_result(out: str | None, content: dict[str, Any], outcomes: Outcomes | None = None) -> dict[str, Any]:
-    """Write a result where a path is given, after the outcomes behind it; returns it with what it records of these and, if written, its digest."""
+    """Write a result where a path is given, after the outcomes behind it; returns it with what it records of these, its summary and, if written, its digest."""
+    content = {**content, "summary": summarise(content["rows"], outcomes)}
     if out is None:
         return content if outcomes is None else {**content, "outcomes": encode_outcomes(outcomes)[1]}
     path = Path(out)
@@ -80,24 +82,6 @@ def read_result(path: str | Path) -> dict[str, Any]:
     if content.get("stage") not in STAGES:
         raise EvaluationError(f"{path} is no result of an evaluation: its stage is {content.get('stage')!r}.", "Give a file that kdstore evaluate wrote.")
     return content
-
-
-def markdown_table(results: Sequence[dict[str, Any]]) -> str:
-    """Render the rows of results of one stage as a Markdown table, in percent; a score that a row lacks is a dash."""
-    stages = {result["stage"] for result in results}
-    if len(stages) != 1:
-        raise EvaluationError(f"A table holds results of one stage, found {', '.join(sorted(stages)) or 'none'}.", "Make one table per stage.")
-    lines = [(_row_name(result, row), row["scores"]) for result in results for row in result["rows"]]
-    columns = list(dict.fromkeys(name for _, scores in lines for name in scores))
-    cells = [[name, *(f"{scores[c]:.2f}" if c in scores else "-" for c in columns)] for name, scores in lines]
-    header = ["model", *columns]
-    rule = ["---", *("---:" for _ in columns)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *cells]) + "\n"
-
-
-def _row_name(result: dict[str, Any], row: dict[str, Any]) -> str:
-    name = result["model"]["name"]
-    return str(name) if row["row"] == "model" else f"{name}, {row['row']}"
 
 
 def _run_record(model: Model) -> dict[str, Any] | None:
