@@ -65,7 +65,7 @@ def test_help_imports_no_stage():
 COMMANDS = [
     "extract",
     "distill",
-    *(f"evaluate {task}" for task in ("vqa", "zeroshot", "retrieval", "probe", "agreement")),
+    *(f"evaluate {task}" for task in ("vqa", "zeroshot", "retrieval", "probe", "agreement", "compare", "table")),
     "store verify",
     "list losses",
     "demo",
@@ -131,6 +131,8 @@ WRONG = {
     "too few to agree on": (["evaluate", "agreement", "--cache", "STORE", "--cache", "STORE"], "and 2000 were asked for"),
     "probe without labels": (["evaluate", "probe", "--train-cache", "STORE", "--cache", "STORE"], "has a label"),
     "unknown data set": (["evaluate", "vqa", "--model", "scenes-T", "--dataset", "vqa3"], "vqav2"),
+    "nothing to compare": (["evaluate", "compare", "a.json", "b.json"], "No result file a.json"),
+    "another file in a table": (["evaluate", "table", "table.toml"], "is not JSON as kdstore writes it"),
     "missing VQA folder": (["evaluate", "vqa", "--model", "scenes-S", "--dataset", "easy-vqa", "--data-dir", "nowhere"], "nowhere"),
 }
 

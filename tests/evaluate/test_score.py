@@ -123,7 +123,7 @@ def test_objects_and_tables_of_predictions_hide_no_second_answer(tmp_path: Path)
 def test_the_command_scores_a_file_and_says_what_is_missing(folder: Path) -> None:
     predicted(folder, GIVEN)
     arguments = ["evaluate", "score", "--dataset", "jsonl", "--data-dir", str(folder), "--predictions", str(folder / "mine.json")]
-    assert "| mine | 66.67 | 66.67 |" in CliRunner().invoke(app, arguments).stdout
+    assert "| mine  | 66.7 [0.0, 100.0] | 66.7 [0.0, 100.0] |" in CliRunner().invoke(app, arguments).stdout
     assert json.loads(CliRunner().invoke(app, [*arguments, "--json", "--metric-version", "2016"]).stdout)["metric"]["version"] == "2016"
 
 

@@ -9,7 +9,7 @@ import typer
 from kdstore.cli.options import Data, Device, Json, ModelOption, Out, Pretrained, Recipe, Seed, Settings, config_of
 from kdstore.cli.screen import bars, show
 
-evaluate_app = typer.Typer(rich_markup_mode=None, help="Score a model: visual question answering, zero-shot, retrieval, probes, agreement.")
+evaluate_app = typer.Typer(rich_markup_mode=None, help="Score a model: visual question answering, zero-shot, retrieval, probes, agreement; compare results.")
 
 ScoredStore = Annotated[str | None, typer.Option("--cache", help="The store of a teacher's features, in place of its weights.")]
 LabelledData = Annotated[str | None, typer.Option("--data", help="A folder of class folders, scenes/test?probe=LABEL, or a source with ?probe=COLUMN.")]
@@ -64,7 +64,7 @@ def evaluate_score(
 ) -> None:
     """Score a file of predictions by the data set's metric; no model is needed."""
     from kdstore.evaluate import score
-    from kdstore.evaluate.results import markdown_table
+    from kdstore.evaluate.tables import markdown_table
 
     options = {"dataset": dataset, "folder": folder, "split": split, "predictions": predictions, "metric": metric, "metric_version": metric_version, "out": out}
     config = config_of(score.ScoreConfig, "score", recipe, settings, options)
@@ -169,6 +169,40 @@ def evaluate_agreement(
     with bars() as on_progress:
         result = agreement.evaluate_agreement(config, on_progress=on_progress)
     show(result.content, as_json, text=agreement.measures_as_text(result.rows))
+
+
+@evaluate_app.command("compare")
+def evaluate_compare(
+    a: Annotated[str, typer.Argument(help="A result file.")],
+    b: Annotated[str, typer.Argument(help="Another, of the same questions; or the same, with another row.")],
+    row_a: Annotated[str, typer.Option(help="The row of A.")] = "model",
+    row_b: Annotated[str, typer.Option(help="The row of B.")] = "model",
+    out: Annotated[str | None, typer.Option(help="File of the comparison.")] = None,
+    page: Annotated[str | None, typer.Option(help="HTML file of questions that one alone answers right, with their images.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Questions on the page, at most, for each of the two.")] = 60,
+    folder: Annotated[str | None, typer.Option("--data-dir", help="Folder of the data set's files, for the page, if they moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how far two results on the same questions are apart, per kind of question, and how sure that is (docs/comparing.md)."""
+    from kdstore.evaluate import compare
+
+    with bars() as on_progress:
+        content = compare.compare(a, b, row_a=row_a, row_b=row_b, out=out, page=page, examples=examples, folder=folder, on_progress=on_progress)
+    show(content, as_json, text=compare.comparison_table(content))
+
+
+@evaluate_app.command("table")
+def evaluate_table(
+    files: Annotated[list[str], typer.Argument(help="Result files of one kind of evaluation.")],
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV in full precision, with where each row comes from, instead of Markdown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put results side by side in one table, with 95 % intervals (docs/comparing.md)."""
+    from kdstore.evaluate.results import read_result
+    from kdstore.evaluate.tables import csv_table, markdown_table, table_rows
+
+    results = [read_result(path) for path in files]
+    show(table_rows(results) if as_json else {}, as_json, text=csv_table(results) if as_csv else markdown_table(results))
 
 
 def _show_table(content: dict[str, Any], as_json: bool) -> None:

@@ -74,7 +74,7 @@ def _origin(result: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
         "metric": " ".join(str(part) for part in result.get("metric", {}).values()),
         "seeds": " ".join(map(str, record["seeds"])),
         "protocol": result["config_digest"],
-        "weights": str(model["identity"]["teacher"].get("weights_sha256", "")),
+        "weights": str((model["identity"] or {"teacher": {}})["teacher"].get("weights_sha256", "")),  # a file of predictions has none
         "stores": " ".join(stores),
         "result": result.get("digest", ""),
         "kdstore": result["made"]["versions"]["kdstore"],
