@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from kdstore.data.sources import open_source
 from kdstore.errors import ConfigError, EvaluationError, IdentityMismatch, UnknownName
 from kdstore.evaluate.agreement import AgreementConfig, evaluate_agreement
 from kdstore.evaluate.classes import filled, number_labels, templates
+from kdstore.evaluate.gallery import gallery_of_source, usable_images
 from kdstore.evaluate.outcomes import read_outcomes
 from kdstore.evaluate.probe import ProbeConfig, evaluate_probe
 from kdstore.evaluate.results import read_result
@@ -26,7 +29,9 @@ from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.models.encode import encode_image, encode_text
 from kdstore.models.load import load_model
+from kdstore.progress import silent
 from kdstore.store import open_store
+from kdstore.store.importing import ImportConfig, import_store
 
 TRAIN, TEST = "scenes/train:160?probe=leftmost-color", "scenes/test:80?probe=leftmost-color"
 TWO = ("a scene with a {}", "{c} things")
@@ -147,6 +152,14 @@ def test_class_folders_are_scored_and_data_without_labels_is_refused(tmp_path: P
         ZeroshotConfig(data=str(tmp_path))
 
 
+def test_features_that_are_not_finite_end_a_run() -> None:
+    model = load_model("scenes-T", untrained=True, device="cpu")
+    torch.nn.init.constant_(model.clip.visual.conv1.weight, torch.nan)
+    gallery = gallery_of_source(model, open_source("scenes/test:3"), 2, silent)
+    with pytest.raises(EvaluationError, match="scenes-T gives 2 of 2 images an embedding that is not finite"):
+        usable_images(gallery, lambda _: True, "caption")
+
+
 def test_probes_equal_scikit_learn_on_the_stores_features(stores: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "probe.json"
     config = ProbeConfig(train_cache=stores["train"], cache=stores["test"], out=str(out))
@@ -215,3 +228,20 @@ def test_retrieval_from_the_store_is_that_of_its_teacher(stores: dict[str, str])
     assert lists.content["index"]["image_nearest_10_found"] == pytest.approx(100)
     few = evaluate_retrieval(RetrievalConfig(cache=stores["test"], index="lists", probes=1))
     assert few.content["index"]["text_nearest_10_found"] < 95
+
+
+def test_imported_features_are_scored_without_what_is_not_known_of_their_teacher(stores: dict[str, str], tmp_path: Path) -> None:
+    store = open_store(stores["test"])
+    texts, bounds = store.captions(), store.offsets.tolist()
+    (tmp_path / "npy").mkdir()
+    (tmp_path / "npy" / "keys.txt").write_text("\n".join(store.keys().tolist()))
+    (tmp_path / "npy" / "captions.jsonl").write_text("\n".join(json.dumps(texts[a:b]) for a, b in pairwise(bounds)))
+    for side, rows in (("image", store.num_images), ("text", store.num_texts)):
+        np.save(tmp_path / "npy" / f"{side}.npy", store.features(f"{side}/embedding", np.arange(rows)))
+    import_store(tmp_path / "npy", tmp_path / "imported", ImportConfig(format="npy", dtype="float32"))
+    imported = evaluate_retrieval(RetrievalConfig(cache=str(tmp_path / "imported")))
+    assert imported.content["model"]["name"] == "imported"
+    both = evaluate_agreement(AgreementConfig(cache=(stores["test"], str(tmp_path / "imported")), samples=80))
+    assert both.rows["image"]["debiased_cka"] == pytest.approx(1)
+    assert "image_target_entropy" in both.rows["student"]
+    assert "image_target_entropy" not in both.rows["teacher"]

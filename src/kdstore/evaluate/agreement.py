@@ -16,7 +16,7 @@ import torch
 from kdstore.config import as_dict
 from kdstore.data.source import PROBE
 from kdstore.data.sources import open_source
-from kdstore.errors import ConfigError, EvaluationError, MissingFeature
+from kdstore.errors import ConfigError, EvaluationError
 from kdstore.evaluate.gallery import Array, Gallery, gallery_of_source, gallery_of_store, open_model, protocol_digest, subject_record
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.jsonfile import digest_of
@@ -48,6 +48,8 @@ class AgreementConfig:
             raise ConfigError(found, "Name the student and its teacher: --model RUN --cache STORE, or two models, or two stores.")
         if not self.cache and self.data is None:
             raise ConfigError("--data is needed: the images that both models see.", "Name a source (kdstore list sources).")
+        if not self.model and self.data is not None:
+            raise ConfigError("Two stores are compared on what both hold, but --data was given.", "Leave --data out.")
         if self.encode_batch < 1:
             raise ConfigError(f"'encode_batch' must be at least 1, found {self.encode_batch}.", "Correct encode_batch.")
         if not 1 <= self.neighbours < self.samples or self.samples < 4:
@@ -69,21 +71,20 @@ def measures_as_text(rows: dict[str, dict[str, float]]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """One of the two: its embeddings of N images and of a caption of each, and the scale of its logits."""
+    """One of the two: its embeddings of N images and of a caption of each, and the scale of its logits (None: an imported store does not say)."""
 
     image_ND: Array
     text_ND: Array
-    scale: float
+    scale: float | None
 
 
 def evaluate_agreement(config: AgreementConfig, *, on_progress: OnProgress = silent) -> AgreementResult:
     """Compare two models on `samples` images; writes the result file if one is named. Raises EvaluationError for fewer images that both can embed."""
     check_out(config.out)
     started = time.perf_counter()
-    models = [model for name in config.model if (model := open_model(name, None, config.device, config.precision, on_progress)) is not None]
     stores = [open_store(path) for path in config.cache]
-    source = open_source(config.data or stores[0].recorded_source) if models or config.data else None
-    galleries = [gallery_of_source(model, source, config.encode_batch, on_progress) for model in models if source is not None]
+    models = [model for name in config.model if (model := open_model(name, None, config.device, config.precision, on_progress)) is not None]
+    galleries = [gallery_of_source(model, open_source(config.data or stores[0].recorded_source), config.encode_batch, on_progress) for model in models]
     galleries += [gallery_of_store(store, on_progress) for store in stores]
     pairs = _shared_pairs(galleries, config)
     keys, captions = list(pairs), list(pairs.values())
@@ -123,9 +124,7 @@ def _embedded(subject: Model | Store, gallery: Gallery, keys: list[str], caption
     if undecodable:
         raise EvaluationError(f"{undecodable} of the {len(keys)} images drawn from {gallery.spec} cannot be decoded.", "Name data without them.")
     scale = subject.logit_scale if isinstance(subject, Model) else subject.identity["teacher"].get("logit_scale")
-    if scale is None:
-        raise MissingFeature(f"{gallery.spec} does not say its teacher's logit scale.", "Import it again with --logit-scale.")
-    return _Side(image_ND, gallery.embed_texts(captions), float(scale))
+    return _Side(image_ND, gallery.embed_texts(captions), scale)
 
 
 def _measures(student: _Side, teacher: _Side, k: int, on_progress: OnProgress) -> dict[str, dict[str, float]]:
@@ -154,7 +153,7 @@ def _of_both(a_ND: Array, b_ND: Array, k: int) -> dict[str, float]:
 
 def _of_one(side: _Side, k: int) -> dict[str, float]:
     image_ND, text_ND = side.image_ND, side.text_ND
-    return {
+    measures = {
         "modality_gap": modality_gap(image_ND, text_ND),
         "alignment": alignment(image_ND, text_ND),
         "image_uniformity": uniformity(image_ND),
@@ -163,6 +162,8 @@ def _of_one(side: _Side, k: int) -> dict[str, float]:
         "text_effective_rank": effective_rank(text_ND),
         f"image_hubness@{k}": hubness(text_ND, image_ND, k),
         f"text_hubness@{k}": hubness(image_ND, text_ND, k),
-        "image_target_entropy": target_entropy(image_ND, text_ND, side.scale),
-        "text_target_entropy": target_entropy(text_ND, image_ND, side.scale),
     }
+    if side.scale is not None:
+        measures["image_target_entropy"] = target_entropy(image_ND, text_ND, side.scale)
+        measures["text_target_entropy"] = target_entropy(text_ND, image_ND, side.scale)
+    return measures
