@@ -72,12 +72,14 @@ def test_a_pull_that_is_killed_five_times_receives_each_byte_once(web, tmp_path,
     assert sent() <= store.num_bytes + 5 * 4 * 4 * piece  # one pull, and what was in flight at each kill
 
 
-def test_a_failure_at_every_step_leaves_the_old_store_or_none_or_the_new_one_and_goes_on(sample, tmp_path, monkeypatch):
+@pytest.mark.parametrize("back", [False, True])
+def test_a_failure_at_every_step_leaves_the_old_store_or_none_or_the_new_one_and_goes_on_or_back(sample, tmp_path, monkeypatch, back):
     few = sample.of_images(10)
     few.write(tmp_path / "few")
     source = str(tmp_path / "few")
     digest = open_store(source).digest
     old = sample.of_images(3)
+    old.write(tmp_path / "old")
     step, failed = 0, True
     real = {name: getattr(os, name) for name in ("replace", "unlink")}
     while failed:
@@ -103,8 +105,10 @@ def test_a_failure_at_every_step_leaves_the_old_store_or_none_or_the_new_one_and
             assert verify_store(target).ok
         except (IncompleteStore, StoreNotFound):
             pass
-        pull_store(source, target, force=True)
-        assert is_whole_or_none(target, digest)
+        again = str(tmp_path / "old") if back else source
+        pulled = pull_store(again, target, force=True)
+        assert pulled.whole
+        assert is_whole_or_none(target, open_store(again).digest)
         assert not (target / "_build").exists()
     assert step > 25
 

@@ -38,14 +38,20 @@ class Staging:
         return self.target / BUILD / PULL
 
     def begin(self) -> None:
-        """Make the folder; of what an earlier pull left, keep the files that this manifest lists alike."""
+        """Make the folder; of what an earlier pull left, keep the files that this manifest lists alike.
+
+        A pull of another store may have been stopped while it put its files into place: those that this one lacks would be in no manifest.
+        """
         make_folders(self.folder)
+        in_place = not (self.target / MANIFEST).exists()
         with contextlib.suppress(OSError, StoreError):
             before = parse_manifest((self.folder / MANIFEST).read_bytes(), self.folder / MANIFEST)
             for path, entry in before.files.items():
                 if self.manifest.files.get(path) != entry:
                     for name in (path, path + IN_TRANSIT):
                         (self.folder / name).unlink(missing_ok=True)
+                if in_place and path not in self.manifest.files and _inside(self.target, path) and is_file_of(self.target / path, entry):
+                    self._remove(path)
         write_bytes(self.folder / MANIFEST, self.encoded)
 
     def show(self, files: Iterable[str], origin: str) -> Manifest:
@@ -98,9 +104,10 @@ class Staging:
     def commit(self, files: set[str], old: Manifest | None, origin: str) -> Manifest:
         """Put the files, all of which are there and right, into place and make them the store; returns what it is then.
 
-        `old` is the manifest of the store that is there. Its other files stay if it is the same store, and go if it is another.
+        `old` is the manifest of the store that is there. Its other files stay if it is the same store, and go if it is another. One that a stopped pull has
+        taken away is another: some of its files may be gone.
         """
-        same = old is not None and old.digest == self.manifest.digest
+        same = old is not None and old.digest == self.manifest.digest and (self.target / MANIFEST).is_file()
         staged = [path for path in sorted(files) if (self.folder / path).exists()]
         for name in staged:
             if not _inside(self.target, name):
@@ -136,12 +143,16 @@ class Staging:
         replaced = read_replaced(self.target)
         for path in set(replaced.files if replaced else ()) - held:
             if _inside(self.target, path):
-                (self.target / path).unlink(missing_ok=True)
-                for folder in (self.target / path).parents:
-                    if folder == self.target:
-                        break
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        """Remove a file of the target, and the folders that are empty then."""
+        (self.target / path).unlink(missing_ok=True)
+        for folder in (self.target / path).parents:
+            if folder == self.target:
+                break
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def read_replaced(target: Path) -> Manifest | None:
