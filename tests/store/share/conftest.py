@@ -76,6 +76,8 @@ def answer(to: http.server.BaseHTTPRequestHandler, web: Web, path: str, fault: s
         return None
     if kind == "trickle":
         return trickle(to)
+    if kind in ("lines", "trailers"):
+        return lines(to, b"1" if kind == "lines" else b"0\r\nX: ")
     if kind == "html":
         return send(to, 200, HTML, {"Content-Type": "text/html"})
     if kind == "redirect":
@@ -90,17 +92,23 @@ def answer(to: http.server.BaseHTTPRequestHandler, web: Web, path: str, fault: s
         content = bytes(len(content))
     if kind == "other-tag":
         tag = '"another"'
-    if asked and web.ranges and kind != "norange" and to.headers.get("If-Range", tag) == tag:
+    if asked and web.ranges and not kind.startswith("norange") and to.headers.get("If-Range", tag) == tag:
         start = int(asked.removeprefix("bytes=").rstrip("-"))
     body, status = content[start:], 206 if start else 200
     headers = {"ETag": tag} | ({"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {})
+    if kind == "chunked":
+        begin(to, status, headers | {"Transfer-Encoding": "chunked"})
+        to.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        return None
+    if kind == "digits":
+        return send(to, status, body, headers | {"Connection": "close", "Content-Length": "1" * 5000}, length=False)
     if kind == "encoded":
         headers["Content-Encoding"] = "gzip"
     if kind == "other-range":
         headers["Content-Range"], status = f"bytes {start + 1}-{len(content) - 1}/{len(content)}", 206
     if kind == "twice":  # the body comes again, and no length is said
         return send(to, status, body + content, headers | {"Connection": "close"}, length=False)
-    if kind in ("short", "reset", "slow"):
+    if kind in ("short", "norange-short", "reset", "slow"):
         begin(to, status, headers | {"Content-Length": str(len(body))})
         half = body[: max(1, len(body) // 2)]
         web.count(path, len(half))
@@ -122,6 +130,17 @@ def trickle(to: http.server.BaseHTTPRequestHandler) -> None:
         to.wfile.write(b"HTTP/1.1 200 OK\r\n")
         for i in range(40):
             to.wfile.write(f"X-{i}: x\r\n".encode())
+            time.sleep(0.1)
+
+
+def lines(to: http.server.BaseHTTPRequestHandler, first: bytes) -> None:
+    """Send what is no byte of the file: the size of a chunk, or lines after the last one, without end."""
+    to.close_connection = True
+    begin(to, 200, {"Transfer-Encoding": "chunked"})
+    with contextlib.suppress(OSError):
+        to.wfile.write(first)
+        while True:  # until the other side ends it
+            to.wfile.write(b"0" if first == b"1" else b"x\r\nX: ")
             time.sleep(0.1)
 
 

@@ -14,7 +14,8 @@ from kdstore.store.layout import BESIDE
 from kdstore.store.share import pull_store
 
 SHARD = "image/embedding/c/1/0/0"
-PASSING = ("429:0", "500", "503:0", "reset", "short", "hang", "slow", "trickle", "html", "wrong", "encoded", "other-range", "twice", "norange")
+PASSING = ("429:0", "429:\xb2", "500", "503:0", "reset", "short", "hang", "slow", "trickle", "lines", "trailers")
+PASSING += ("html", "wrong", "encoded", "other-range", "twice", "norange", "digits")
 LASTING = ("404", "403", "429:0", "500", "hang", "html", "wrong", "redirect:file:///etc/passwd", "redirect:http://user:word@127.0.0.1/x")
 
 
@@ -87,6 +88,20 @@ def test_a_broken_transfer_goes_on_inside_the_file(web, pristine, tmp_path, pati
     assert all(range_ and tag for range_, tag in asked[1:])
     assert pulled.received_bytes < pulled.bytes + size / 4 + 2**17  # what lies beside the manifest counts too
     assert whole(tmp_path / "pulled", pristine)
+
+
+def test_a_server_that_forgets_what_it_sent_is_given_up(web, tmp_path, patience):
+    web.faults[SHARD] = ["short", "short", "norange-short"] * 20
+    with pytest.raises(TransferError, match=SHARD):
+        pull_store(web.url, tmp_path / "pulled", patience=patience)
+    assert len(web.faults[SHARD]) > 40
+
+
+def test_answers_in_chunks_take_one_request_each(web, pristine, tmp_path, patience):
+    web.faults["*"], web.forever = ["chunked"], True
+    pull_store(web.url, tmp_path / "pulled", patience=patience, parallel=2)
+    assert whole(tmp_path / "pulled", pristine)
+    assert sum("/c/" in path for path, *_ in web.asked) == len({path for path, *_ in web.asked if "/c/" in path})
 
 
 def test_a_file_that_changed_meanwhile_comes_anew(web, pristine, tmp_path, patience):

@@ -95,6 +95,18 @@ def test_what_lies_beside_the_manifest_is_bounded_and_cannot_end_a_pull(copied, 
     assert open_store(tmp_path / "target")
 
 
+def test_a_card_that_unfolds_without_end_is_read_in_no_time(copied, pristine, tmp_path):
+    folded = "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12))
+    (copied / "README.md").write_text(f"---\na0: &a0 {{k: v}}\n{folded}\n---\n")
+    assert pull_store(str(copied), tmp_path / "target").whole
+
+
+def test_a_manifest_that_lists_no_shard_of_an_array_is_damage(copied, tmp_path):
+    rewrite(copied, lambda content: content["files"].pop(SHARD))
+    with pytest.raises(DamagedStore, match=SHARD):
+        pull_store(str(copied), tmp_path / "target")
+
+
 def test_a_web_server_takes_no_store(pristine, web):
     with pytest.raises(KdstoreError, match="read only"):
         push_store(pristine, web.url)

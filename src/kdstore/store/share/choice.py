@@ -55,7 +55,7 @@ def frame_files(manifest: Manifest, specs: dict[str, ArraySpec]) -> set[str]:
 def chosen_files(choice: Choice, manifest: Manifest, specs: dict[str, ArraySpec], frame: Store | None, on_progress: OnProgress) -> set[str]:
     """Return the files of a choice; `frame` is the store with the files that every part has, needed unless all rows are chosen.
 
-    Raises UnknownName for an array, JoinError if nothing joins, ConfigError for rows that are none.
+    Raises UnknownName for an array, JoinError if nothing joins, ConfigError for rows that are none, DamagedStore for a manifest without one of the files.
     """
     names = {*choose(specs, choice.arrays), "image/valid", "text/valid"}
     chosen = {path for path in manifest.files if not any(path.startswith(f"{name}/c/") for name in specs)}
@@ -67,11 +67,14 @@ def chosen_files(choice: Choice, manifest: Manifest, specs: dict[str, ArraySpec]
                 held[:] = False
                 held[np.unique(np.flatnonzero(rows[spec.side]) // spec.shard[0])] = True
             chosen |= {spec.shard_path(number) for number in np.flatnonzero(held).tolist()}
+    for path in chosen:
+        manifest.entry(path)
     return chosen
 
 
 def _rows(choice: Choice, frame: Store, on_progress: OnProgress) -> dict[str, npt.NDArray[np.bool_]]:
     """Return which rows of each side are chosen: images, and all of their texts."""
+    texts = np.diff(frame.offsets)  # compares the declared number of images with a file before anything is allocated from it
     images = np.zeros(frame.num_images, bool)
     if choice.rows is not None:
         images[choice.rows] = True
@@ -81,7 +84,7 @@ def _rows(choice: Choice, frame: Store, on_progress: OnProgress) -> dict[str, np
         images[_found(choice.keys, frame, on_progress)] = True
     elif choice.source is not None:
         images |= join_sources(frame, choice.source, by_content=choice.by_content, on_progress=on_progress).source_row_of_store >= 0
-    return {"image": images, "text": np.repeat(images, np.diff(frame.offsets))}
+    return {"image": images, "text": np.repeat(images, texts)}
 
 
 def _found(keys: Sequence[str], frame: Store, on_progress: OnProgress) -> npt.NDArray[np.int64]:

@@ -221,11 +221,10 @@ class _InTransit:
 
 def _try_place(transfer: Transfer, place: Place, path: str, entry: FileEntry, file: _InTransit) -> str:
     """Fetch what is missing of a file from one place; returns '' if it is right then, else what this place did."""
-    patience, tries, wrong = transfer.patience, 0, 0
+    patience, tries, wrong, furthest = transfer.patience, 0, 0, file.size
     file.tag = None
     while True:
         transfer.wait_for(place)
-        before = file.size
         try:
             _receive(transfer, place, path, entry, file)
             return ""
@@ -233,8 +232,9 @@ def _try_place(transfer: Transfer, place: Place, path: str, entry: FileEntry, fi
             reason, again, after = e.reason, e.again, e.after
         if file.size == entry.size:  # all of it, and not what it should be
             file.restart()
-            wrong += 1
-        tries = 1 if file.size - before >= min(BLOCK_BYTES, (entry.size - before) / 8) else tries + 1
+            wrong, furthest = wrong + 1, 0
+        tries = 1 if file.size - furthest >= min(BLOCK_BYTES, (entry.size - furthest) / 8) else tries + 1
+        furthest = max(furthest, file.size)  # a server that forgets ranges now and then makes no progress for ever
         if not again or tries >= patience.tries or wrong >= MAX_WRONG:
             return reason
         if after:

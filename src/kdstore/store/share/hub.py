@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kdstore.errors import ConfigError
-from kdstore.store.share.transport import Body, Failure, Pace, Patience, Stored
-from kdstore.store.share.web import Web
+from kdstore.store.share.transport import Body, Failure, Pace, Patience, Stored, redacted
+from kdstore.store.share.web import Web, retry_after
 
 COMMIT_FILES = 64  # the Hub asks for about 100 in a commit
 RESOLVES, RESOLVE_SECONDS = 2500, 300.0  # it answers 3,000 in five minutes to whoever has no account
@@ -33,7 +33,7 @@ class Hub:
     def __init__(self, url: str, patience: Patience, pace: Pace | None = None) -> None:
         found = _NAME.fullmatch(url)
         if not found:
-            raise ConfigError(f"{url.partition('?')[0]} names no dataset of the Hub.", "Write hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION.")
+            raise ConfigError(f"{redacted(url)} names no dataset of the Hub.", "Write hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION.")
         self.name = url.rstrip("/")
         self._repo, self._revision = found[1], found[2] or "main"
         self._patience = patience
@@ -105,8 +105,8 @@ def _failure(error: BaseException) -> Failure | None:
         said = "is not there, or not for you: make it with 'hf repos create ORG/NAME --repo-type dataset', and log in with 'hf auth login'"
         return Failure(said, again=False, missing=True)
     if isinstance(error, errors.HfHubHTTPError):
-        status, after = error.response.status_code, error.response.headers.get("Retry-After", "")
-        return Failure(f"is answered with status {status}", again=status == 429 or status >= 500, after=float(after) if after.isdigit() else 0.0)
+        status, after = error.response.status_code, retry_after(error.response.headers.get("Retry-After", ""))
+        return Failure(f"is answered with status {status}", again=status == 429 or status >= 500, after=after)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return Failure("is not asked for: HF_HUB_OFFLINE is set", again=False)
     if isinstance(error, OSError) or type(error).__module__.startswith("http"):  # its client's, whichever that is

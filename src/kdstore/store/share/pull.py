@@ -135,10 +135,10 @@ def _mirrors_of_card(transfer: Transfer) -> list[str]:
     """Return the `mirrors` of the card's YAML, those of the web and the Hub: nobody vouches for them, so none gets credentials of ours or reads our disk."""
     import yaml
 
-    with contextlib.suppress(Failure, ValueError, RecursionError, yaml.YAMLError):  # a date that is none is a ValueError
+    with contextlib.suppress(Failure, UnicodeDecodeError, RecursionError, yaml.YAMLError):
         card = read_small(transfer, transfer.places[0], "README.md", MAX_BESIDE_BYTES).decode()
         block = re.match(r"---\n(.{,65536}?)\n---\n", card, re.DOTALL)
-        said = yaml.safe_load(block[1]) if block else None
+        said = yaml.load(block[1], yaml.BaseLoader) if block else None  # texts alone: the safe loader unfolds keys that are merged, to any size
         named = said.get("mirrors") if isinstance(said, dict) else None
         return [name for name in named[:8] if isinstance(name, str) and _MIRROR.fullmatch(name)] if isinstance(named, list) else []
     return []

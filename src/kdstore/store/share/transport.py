@@ -101,11 +101,16 @@ class Pace:
             self._begun.append(time.monotonic())
 
 
+def number_of(text: str) -> int | None:
+    """Read a header's number; None for what is none, such as digits of other scripts or a million of them."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
 def redacted(url: str) -> str:
     """Return a URL without what may be secret in it: user, password, query and fragment."""
     try:
         parts = urlsplit(url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme and parts.scheme != "hf" else url.partition("?")[0]
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme else url.partition("?")[0]
     except ValueError:
         return "a URL that cannot be read"
 

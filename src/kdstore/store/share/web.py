@@ -7,19 +7,20 @@ stay with the host that they were given for, and a server's answer must not reac
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
-from time import time
+from time import monotonic, time
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 import urllib3
 
 from kdstore.errors import ConfigError
-from kdstore.store.share.transport import BLOCK_BYTES, Body, Failure, Pace, Patience, redacted
+from kdstore.store.share.transport import BLOCK_BYTES, Body, Failure, Pace, Patience, number_of, redacted
 
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -55,9 +56,10 @@ class Web:
         try:
             answer = self._answer(url, asked)
             try:
-                yield _body(answer, start)
+                with _ended(self._silence, answer.shutdown) as waits:
+                    yield _body(answer, start, waits)
             finally:
-                answer.close() if answer.length_remaining else answer.release_conn()
+                answer.release_conn() if answer.length_remaining == 0 else answer.close()
         except urllib3.exceptions.HTTPError as e:
             raise Failure(_said(e)) from e
 
@@ -104,15 +106,32 @@ def _answering_within(seconds: float, pool: type[urllib3.HTTPConnectionPool]) ->
 
     class Connection(pool.ConnectionCls):  # type: ignore[name-defined]  # what urllib3 offers for it
         def getresponse(self) -> urllib3.HTTPResponse:
-            timer = threading.Timer(seconds, _end, [self.sock])
-            timer.daemon = True
-            timer.start()
-            try:
-                return super().getresponse()
-            finally:
-                timer.cancel()
+            end = functools.partial(_end, self.sock)
+            with _ended(seconds, end) as waits:
+                waits.append(monotonic())
+                answer: urllib3.HTTPResponse = super().getresponse()
+            answer.shutdown = end  # type: ignore[method-assign]  # its own lets a server go on sending
+            return answer
 
     return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
+
+
+@contextlib.contextmanager
+def _ended(seconds: float, end: Callable[[], None]) -> Iterator[list[float]]:
+    """Call `end` when a wait, whose begin is put into the list, takes so many seconds: lines of headers, chunks and trailers are no bytes of a file."""
+    waits: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(seconds / 4):
+            if any(monotonic() - begun >= seconds for begun in waits):
+                end()
+
+    threading.Thread(target=watch, name="kdstore-watch", daemon=True).start()
+    try:
+        yield waits
+    finally:
+        over.set()
 
 
 def _end(sock: socket.socket) -> None:
@@ -120,7 +139,7 @@ def _end(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def _body(answer: urllib3.BaseHTTPResponse, start: int) -> Body:
+def _body(answer: urllib3.BaseHTTPResponse, start: int, waits: list[float]) -> Body:
     """Read what a server's answer is; raises Failure for one that is no file."""
     status, headers = answer.status, answer.headers
     if status in (404, 410):
@@ -133,26 +152,30 @@ def _body(answer: urllib3.BaseHTTPResponse, start: int) -> Body:
     tag = None if tag is None or tag.startswith("W/") else tag
     if status == 206:
         found = _RANGE.fullmatch(headers.get("Content-Range", ""))
-        if not found or int(found[1]) != start:
+        if not found or number_of(found[1]) != start:
             raise Failure("is answered with another range than was asked for")
-        return Body(start, None if found[3] == "*" else int(found[3]), tag, _blocks(answer), answer.shutdown)
+        return Body(start, number_of(found[3]), tag, _blocks(answer, waits), answer.shutdown)
     if status == 200:
-        said = headers.get("Content-Length", "")
-        return Body(0, int(said) if said.isdigit() else None, tag, _blocks(answer), answer.shutdown)
-    raise Failure(f"is answered with status {status}", after=_retry_after(headers.get("Retry-After", "")))
+        return Body(0, number_of(headers.get("Content-Length", "")), tag, _blocks(answer, waits), answer.shutdown)
+    raise Failure(f"is answered with status {status}", after=retry_after(headers.get("Retry-After", "")))
 
 
-def _blocks(answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+def _blocks(answer: urllib3.BaseHTTPResponse, waits: list[float]) -> Iterator[bytes]:
     """Yield what has come so far, again and again: a slow server is seen to be slow."""
-    while block := answer.read1(BLOCK_BYTES, decode_content=False):
+    while True:
+        waits.append(monotonic())
+        block = answer.read1(BLOCK_BYTES, decode_content=False)
+        waits.clear()
+        if not block:
+            return
         yield block
 
 
-def _retry_after(text: str) -> float:
+def retry_after(text: str) -> float:
     """Read the header Retry-After, seconds or a date, as seconds from now."""
-    if text.strip().isdigit():
-        return float(text)
-    with contextlib.suppress(ValueError, TypeError):
+    if (seconds := number_of(text.strip())) is not None:
+        return float(seconds)
+    with contextlib.suppress(ValueError, TypeError, LookupError, OverflowError):
         return max(0.0, parsedate_to_datetime(text).timestamp() - time())
     return 0.0
 
