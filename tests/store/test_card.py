@@ -80,6 +80,7 @@ def test_nothing_of_the_machine_is_in_the_card_and_what_run_json_says_is_told(co
         ({"citation": " ", "teacher_licence": None}, "--teacher-licence, --citation"),
         ({"licence": "Creative Commons"}, "no licence that the Hub knows"),
         ({"mirrors": ("https://user:secret@lab.org/x",)}, "no public address"),
+        ({"mirrors": ("https://lab.org/x?X-Amz-Signature=secret",)}, "no public address"),
     ],
 )
 def test_what_only_a_publisher_knows_is_asked_for(changes: dict[str, Any], message: str) -> None:

@@ -41,8 +41,8 @@ class CardConfig:
             raise ConfigError(found, "Licences are words (cc-by-4.0, or what is known of the source's), --citation names a file with BibTeX.")
         if not (_LICENCE.fullmatch(self.licence or "") or (self.licence or "").startswith("https://")):
             raise ConfigError(f"'{self.licence}' is no licence that the Hub knows.", "Give an identifier such as cc-by-4.0, or an https:// link.")
-        if wrong := [url for url in self.mirrors if "://" not in url or "@" in url.partition("://")[2].partition("/")[0]]:
-            raise ConfigError(f"'{wrong[0]}' is no public address of a copy.", "Give URLs as 'kdstore store pull' takes them, without a password.")
+        if wrong := [url for url in self.mirrors if "://" not in url or "?" in url or "@" in url.partition("://")[2].partition("/")[0]]:
+            raise ConfigError(f"'{wrong[0]}' is no public address of a copy.", "Give URLs as 'kdstore store pull' takes them, without a password or a query.")
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ def test_an_interrupted_push_shows_no_store_and_goes_on(s3, pristine, tmp_path, 
 def test_another_store_is_replaced_by_force_and_only_what_it_lists_is_removed(s3, pristine, sample, tmp_path):
     push_store(pristine, "s3://lab/other")
     s3.pipe_file("lab/other/notes.txt", b"of somebody")
+    s3.pipe_file("lab/other/manifest.json.sig", b"of the old store, as this is")
+    s3.pipe_file("lab/other/stats.json", b"{}")
     import dataclasses
 
     dataclasses.replace(sample.of_images(20), identity={"teacher": {"name": "another"}}).write(tmp_path / "other")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import shutil
 
 import pytest
 
-from kdstore.errors import DamagedStore, DiskFull, KdstoreError, TransferError
-from kdstore.jsonfile import write_json
+from kdstore.errors import DamagedStore, DiskFull, IdentityMismatch, KdstoreError, TransferError
+from kdstore.jsonfile import digest_of, write_json
 from kdstore.store import open_store
 from kdstore.store.share import pull_store, push_store
 from kdstore.store.share.transport import redacted, without_secrets
@@ -104,6 +105,28 @@ def test_a_card_that_unfolds_without_end_is_read_in_no_time(copied, pristine, tm
 def test_a_manifest_that_lists_no_shard_of_an_array_is_damage(copied, tmp_path):
     rewrite(copied, lambda content: content["files"].pop(SHARD))
     with pytest.raises(DamagedStore, match=SHARD):
+        pull_store(str(copied), tmp_path / "target")
+
+
+def test_what_a_link_leads_to_is_neither_pulled_nor_sent_on(copied, tmp_path):
+    (tmp_path / "private").write_text("my key")
+    (copied / "README.md").symlink_to(tmp_path / "private")
+    told = []
+    pull_store(str(copied), tmp_path / "target", on_progress=lambda stage, done, total, note="": told.append(note))
+    assert not (tmp_path / "target/README.md").exists()
+    assert any("README.md" in note and "is a link" in note for note in told)
+
+
+def test_an_identity_nested_deeper_than_any_is_refused_in_words(copied, pristine, tmp_path):
+    pull_store(str(pristine), tmp_path / "target")
+    deep = functools.reduce(lambda inside, _: {"a": inside}, range(800), {"a": "b"})
+
+    def change(content):
+        content["identity"] = deep
+        content["identity_digest"] = digest_of(deep)
+
+    rewrite(copied, change)
+    with pytest.raises(IdentityMismatch):
         pull_store(str(copied), tmp_path / "target")
 
 

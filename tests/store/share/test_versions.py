@@ -22,7 +22,8 @@ def test_only_what_an_allowed_signer_has_signed_is_pulled(copied, tmp_path):
     with pytest.raises(SignatureError):
         pull_store(str(copied), tmp_path / "pulled", signed_by=tmp_path / "other.allowed")
     assert not (tmp_path / "pulled").exists()
-    pull_store(str(copied), tmp_path / "pulled", signed_by=tmp_path / "lab.allowed")
+    shutil.copytree(copied, tmp_path / "unsigned", ignore=lambda folder, names: {"manifest.json.sig"} & {*names})
+    pull_store(str(tmp_path / "unsigned"), tmp_path / "pulled", mirrors=[str(copied)], signed_by=tmp_path / "lab.allowed")
     assert (tmp_path / "pulled/manifest.json.sig").read_bytes() == (copied / "manifest.json.sig").read_bytes()
 
 

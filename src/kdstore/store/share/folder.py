@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ class Folder:
     def open(self, path: str, start: int = 0, tag: str | None = None) -> Iterator[Body]:
         """Open a regular file; see `Place.open`."""
         try:
-            fd = os.open(self.path / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # never waits for the writer of a FIFO
+            fd = os.open(self.path / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)  # never waits for the writer of a FIFO
             with open(fd, "rb", buffering=0) as file:
                 found = os.fstat(fd)
                 if not stat.S_ISREG(found.st_mode):
@@ -35,4 +36,6 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError) as e:
             raise Failure("is not there", again=False, missing=True) from e
         except OSError as e:
+            if e.errno == errno.ELOOP:  # to what is no part of the store, and nobody else's business
+                raise Failure("is a link", again=False) from e
             raise Failure(f"cannot be read ({e.strerror or type(e).__name__})") from e

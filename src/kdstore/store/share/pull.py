@@ -80,8 +80,7 @@ def pull_store(
     if expect is not None and not _DIGEST.fullmatch(expect):
         raise ConfigError(f"'{expect}' is no digest.", "Write --expect sha256: and 64 hex digits, as 'kdstore store info' shows them.")
     encoded, manifest = read_remote_manifest(transfer, expect)
-    if signed_by is not None:
-        check_signature(manifest.digest, _remote_signature(transfer), signed_by)
+    signature = None if signed_by is None else _remote_signature(transfer, manifest.digest, signed_by)
     transfer.places += [open_place(name, patience) for name in _mirrors_of_card(transfer)]
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -97,7 +96,7 @@ def pull_store(
         staging = Staging(target, replace(manifest, root=target), encoded)
         staging.begin()
         files, kept = _choose_and_fetch(transfer, staging, choice, parallel, on_progress)
-        _fetch_beside(transfer, staging, on_progress)
+        _fetch_beside(transfer, staging, signature, on_progress)
         with lock.held():
             made = staging.commit(files, old, transfer.places[0].name)
     return _pulled(target, transfer, manifest, files, kept, whole=made.part is None)
@@ -122,13 +121,20 @@ def read_remote_manifest(transfer: Transfer, expect: str | None = None) -> tuple
     raise refusals[0]
 
 
-def _remote_signature(transfer: Transfer) -> bytes:
-    """Return the signature that lies beside the manifest; raises SignatureError if there is none."""
-    try:
-        return read_small(transfer, transfer.places[0], SIGNATURE, MAX_SIGNATURE_BYTES)
-    except Failure as e:
-        hint = "Ask its publisher for one: kdstore store sign."
-        raise SignatureError(f"{transfer.places[0].name} is not shown to be signed: {SIGNATURE} {e.reason}.", hint) from e
+def _remote_signature(transfer: Transfer, digest: str, signed_by: str | Path) -> bytes:
+    """Return the signature of a digest by an allowed signer from the first place that has one; raises SignatureError, ConfigError."""
+    refusals = []
+    for place in transfer.places:
+        try:
+            signature = read_small(transfer, place, SIGNATURE, MAX_SIGNATURE_BYTES)
+            check_signature(digest, signature, signed_by)
+            return signature
+        except Failure as e:
+            hint = "Ask its publisher for one: kdstore store sign."
+            refusals.append(SignatureError(f"{place.name} is not shown to be signed: {SIGNATURE} {e.reason}.", hint))
+        except SignatureError as e:
+            refusals.append(e)
+    raise refusals[0]
 
 
 def _mirrors_of_card(transfer: Transfer) -> list[str]:
@@ -207,11 +213,15 @@ def _fetch(transfer: Transfer, staging: Staging, names: set[str], before: int, p
         fetch_files(transfer, staging.folder, {name: staging.manifest.files[name] for name in names}, parallel, on_progress, before)
 
 
-def _fetch_beside(transfer: Transfer, staging: Staging, on_progress: OnProgress) -> None:
-    """Fetch what lies beside the manifest, as far as it is there; those of our JSON files that do not match their own digest are left out."""
+def _fetch_beside(transfer: Transfer, staging: Staging, signature: bytes | None, on_progress: OnProgress) -> None:
+    """Fetch what lies beside the manifest, as far as it is there; those of our JSON files that do not match their own digest are left out.
+
+    A `signature` that was checked is the one that is kept.
+    """
     for name in BESIDE:
         try:
-            content = read_small(transfer, transfer.places[0], name, MAX_BESIDE_BYTES)
+            checked = signature if name == SIGNATURE else None
+            content = checked or read_small(transfer, transfer.places[0], name, MAX_BESIDE_BYTES)
             if name in ("run.json", "stats.json"):
                 parse_json(content, Path(name))
             write_bytes(staging.folder / name, content)

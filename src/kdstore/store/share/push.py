@@ -67,7 +67,10 @@ def push_store(path: str | Path, target: str, *, force: bool = False, patience: 
     if old is None and not force:
         _refuse_others(writable, manifest, there, todo)
     gone = sorted(name for name in (old.files if old else ()) if name in there and name not in manifest.files)
-    _send(writable, manifest, todo, _removed_first(old, there, todo, gone), gone, patience, on_progress)
+    for name in BESIDE:
+        if (manifest.root / name).is_symlink():
+            on_progress("warning", 0, 0, f"{manifest.root / name} is a link and is not sent.")
+    _send(writable, manifest, todo, _removed_first(manifest, old, there, todo, gone), gone, patience, on_progress)
     every, sent = bytes_of(manifest.files, manifest.files), bytes_of(manifest.files, todo)
     return Pushed(str(path), writable.name, manifest.digest, len(manifest.files), every, len(todo), sent)
 
@@ -91,10 +94,20 @@ def _refuse_others(place: Writable, manifest: Manifest, there: dict[str, Stored]
         raise IdentityMismatch(f"{place.name} holds other files of these names: {', '.join(others[:3])}.", "Choose another place, or replace them: --force.")
 
 
-def _removed_first(old: Manifest | None, there: dict[str, Stored], todo: Sequence[str], gone: Sequence[str]) -> list[str]:
-    """Return the manifest if files that it lists will change: a reader then finds no store instead of files of two."""
-    changes = old is None or any(name in old.files for name in todo) or gone
-    return [MANIFEST] if MANIFEST in there and changes else []
+def _removed_first(manifest: Manifest, old: Manifest | None, there: dict[str, Stored], todo: Sequence[str], gone: Sequence[str]) -> list[str]:
+    """Return the manifest if files that it lists will change: a reader then finds no store instead of files of two.
+
+    With it goes what kdstore has put beside it and the new store has not: its signature and statistics are of the old one. README.md may be anybody's.
+    """
+    if MANIFEST not in there or not (old is None or any(name in old.files for name in todo) or gone or old.digest != manifest.digest):
+        return []
+    stale = [name for name in BESIDE if name != "README.md" and name in there and not _is_ours(manifest.root / name)]
+    return [MANIFEST, *(stale if old and old.digest != manifest.digest else ())]
+
+
+def _is_ours(file: Path) -> bool:
+    """Tell whether a file lies in the store's folder: what a link leads to is not sent."""
+    return file.is_file() and not file.is_symlink()
 
 
 def _send(place: Writable, manifest: Manifest, todo: Sequence[str], first: list[str], gone: list[str], patience: Patience, on_progress: OnProgress) -> None:
@@ -109,10 +122,10 @@ def _send(place: Writable, manifest: Manifest, todo: Sequence[str], first: list[
             done += bytes_of(manifest.files, names)
             on_progress("bytes", done, total, "")
 
-    beside = [(name, manifest.root / name) for name in (*BESIDE, MANIFEST) if (manifest.root / name).is_file()]
+    beside = [(name, manifest.root / name) for name in (*BESIDE, MANIFEST) if _is_ours(manifest.root / name)]
     batches = list(_batches(todo, place.files_at_once))
     if place.files_at_once > 1 and len(batches) <= 1:  # one commit changes all at once
-        send([name for batch in batches for name in batch], gone, beside)
+        send([name for batch in batches for name in batch], [*gone, *(name for name in first if name != MANIFEST)], beside)
         return
     if first:
         send((), first)
