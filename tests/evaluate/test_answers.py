@@ -92,6 +92,19 @@ def test_chance_is_the_best_constant_answer_per_question_type(rows: list[tuple[l
     assert set(chance) == {"overall", *(q.question_type for q in questions)}
 
 
+def test_chance_is_over_the_questions_that_count() -> None:
+    """GQA scores balanced questions alone; the others are answered to tell consistency."""
+    questions = [asked(["cat"] * 10, 0), asked(["cat"] * 10, 1), asked(["dog"] * 10, 2)]
+    vocabulary = answer_vocabulary(questions)
+
+    def score(answers: list[str]) -> Scores:
+        return score_of(questions[1:])(answers[1:])
+
+    scores = label_scores(questions, vocabulary, score)
+    assert (scores[0], chance_per_type(questions, scores)) == (None, {"overall": 50.0, "what": 50.0})
+    assert len(best_answers(scores, vocabulary)) == 3
+
+
 def test_words_are_those_of_the_given_questions_in_alphabetical_order() -> None:
     assert split_words("What's the Man's T-shirt, o'clock? 5:30") == ["what's", "the", "man's", "t", "shirt", "o'clock", "5", "30"]
     assert word_vocabulary([asked(["x"])]) == {"is": 3, "it": 4, "what": 5}

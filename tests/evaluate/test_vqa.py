@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from kdstore.errors import ConfigError, DiskFull, EvaluationError, UnknownName
@@ -20,10 +22,12 @@ from kdstore.evaluate.features import image_features
 from kdstore.evaluate.outcomes import read_outcomes
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig, parse_seeds
 from kdstore.evaluate.results import read_result
+from kdstore.evaluate.sights import frozen_sights, open_subject, tuned_sight
 from kdstore.evaluate.tables import markdown_table
 from kdstore.evaluate.vqa import VqaResult, evaluate_vqa
 from kdstore.jsonfile import digest_of, write_json
 from kdstore.models.load import load_model
+from kdstore.progress import silent
 
 STORE = {"path": "store/x", "digest": "sha256:1", "identity": {"format": 1}}
 
@@ -134,6 +138,39 @@ def test_what_is_finished_is_read_and_only_the_rest_is_trained(model_folder: Pat
         evaluate_vqa(small(model_folder, **settings))
 
 
+def test_finished_rows_are_not_those_of_other_images_with_the_same_questions(model_folder: Path, tmp_path: Path) -> None:
+    """As when a data set is blurred: the questions stay, their images are other files."""
+    out, folder = str(tmp_path / "vqa.json"), tmp_path / "data"
+    settings = {"dataset": "jsonl", "folder": str(folder), "train_images": None, "eval_images": None, "controls": False}
+    folder.mkdir()
+    for name, level in (("plain", 255), ("other", 0)):
+        Image.effect_noise((32, 32), level / 4).save(folder / f"{name}.png")
+
+    def digests(train: str, test: str) -> list[str]:
+        for split, image in (("train", train), ("test", test)):
+            (folder / f"{split}.jsonl").write_text(json.dumps({"image": image, "question": "is it?", "answer": "yes"}))
+        evaluate_vqa(small(model_folder, out=out, **settings))
+        return sorted(path.name for path in (tmp_path / "vqa.rows").iterdir())
+
+    plain = digests("plain.png", "plain.png")
+    assert digests("plain.png", "plain.png") == plain
+    assert len({*plain, *digests("other.png", "plain.png"), *digests("plain.png", "other.png")}) == 3
+
+
+def test_an_untrained_twin_reads_images_as_its_model_does_whatever_else_is_to_be_encoded(model_folder: Path) -> None:
+    """Preprocessing comes with weights: of SigLIP and MobileCLIP it is another one than that of their architecture without them."""
+    config = small(model_folder)
+    asked, subject = task.open_task(config, silent), open_subject(config, silent)
+    assert subject.model is not None
+    read = subject.model.preprocess
+    subject.model.preprocess = lambda image: 0.5 * read(image)
+    beside, alone = (frozen_sights(config, asked, subject, needed, silent)[0] for needed in ([None, 0], [0]))
+    tuned = tuned_sight(config, asked, subject, 0)
+    numbers = np.arange(4)
+    assert torch.equal(beside.train.take(numbers), alone.train.take(numbers))
+    torch.testing.assert_close(tuned.train.take(numbers).detach(), alone.train.take(numbers), atol=5e-3, rtol=5e-3)
+
+
 def test_the_answers_of_the_reported_split_decide_nothing_but_its_score(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All answers of the test split become another one: vocabulary, words, losses and answers stay, also where epochs are chosen."""
     settings = {"early_stopping": 0.2, "epochs": 2}
@@ -176,6 +213,10 @@ def test_a_split_without_answers_is_answered_for_its_server_and_not_scored(model
     assert (result.rows[0].scores, result.chance, len(result.rows[0].answers)) == (None, {}, result.content["data"]["evaluated"]["num_questions"])
     (written,) = tmp_path.glob("*predictions*")
     assert written.name == "vqa.seed0.predictions.json"
+    with pytest.raises(ConfigError, match="no file for its predictions"):
+        evaluate_vqa(small(model_folder))
+    again = evaluate_vqa(small(model_folder, train_split="train+retrieval", out=str(tmp_path / "vqa.json")))
+    assert [row.name for row in again.rows] == ["model"], "a control without a score tells nothing"
     assert tuple(read_predictions(written, open_vqa("scenes", "test", num_images=16)).values()) == result.rows[0].answers
 
 

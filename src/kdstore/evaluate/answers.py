@@ -78,8 +78,8 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def label_scores(questions: Sequence[VqaQuestion], vocabulary: AnswerVocabulary, score: Callable[[list[str]], Scores]) -> list[dict[str, float]]:
-    """Return the score, in percent, of each label that some annotator of a question gave: no other can score.
+def label_scores(questions: Sequence[VqaQuestion], vocabulary: AnswerVocabulary, score: Callable[[list[str]], Scores]) -> list[dict[str, float] | None]:
+    """Return the score, in percent, of each label that some annotator of a question gave: no other can score. None where a question does not count.
 
     `score` scores one answer to every question; it is called as often as the question with most such labels has labels.
     """
@@ -88,24 +88,29 @@ def label_scores(questions: Sequence[VqaQuestion], vocabulary: AnswerVocabulary,
         for q in questions
     ]
     found: list[dict[str, float]] = [{} for _ in questions]
-    for k in range(max(map(len, given))):
+    for k in range(max(1, *map(len, given))):
         per_question = score([labels[k] if k < len(labels) else vocabulary.spellings[0] for labels in given]).per_question
         for question, labels, scores in zip(questions, given, found, strict=True):
-            if k < len(labels):
-                scores[labels[k]] = per_question.get(question.question_id, 0.0)
-    return found
+            if k < len(labels) and question.question_id in per_question:
+                scores[labels[k]] = per_question[question.question_id]
+    return [scores if question.question_id in per_question else None for question, scores in zip(questions, found, strict=True)]
 
 
-def best_answers(scores: Iterable[dict[str, float]], vocabulary: AnswerVocabulary) -> list[str]:
+def best_answers(scores: Iterable[dict[str, float] | None], vocabulary: AnswerVocabulary) -> list[str]:
     """Return the vocabulary's best answer to each question: the vocabulary oracle."""
     return [max(of_question, key=lambda a: of_question[a]) if of_question else vocabulary.spellings[0] for of_question in scores]
 
 
-def chance_per_type(questions: Iterable[VqaQuestion], scores: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Return the score, in percent, of the best constant answer of the vocabulary per question type and, as `overall`, for all of them."""
+def chance_per_type(questions: Iterable[VqaQuestion], scores: Iterable[dict[str, float] | None]) -> dict[str, float]:
+    """Return the score, in percent, of the best constant answer of the vocabulary per question type and, as `overall`, for all of them.
+
+    Questions of None do not count in the metric.
+    """
     totals: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     num_questions: Counter[str] = Counter()
     for question, of_question in zip(questions, scores, strict=True):
+        if of_question is None:
+            continue
         for kind in ("overall", question.question_type):
             num_questions[kind] += 1
             for answer, score in of_question.items():

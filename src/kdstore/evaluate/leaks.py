@@ -48,7 +48,7 @@ def find_leaks(train: VqaSplit, evaluated: VqaSplit, *, on_progress: OnProgress 
     """Find the images of `evaluated` that `train` has, by name or by content."""
     number_of = {name: i for i, name in enumerate(train.image_names)}
     same_name = {i: number_of[name] for i, name in enumerate(evaluated.image_names) if name in number_of}
-    sizes = _sizes(train), _sizes(evaluated)
+    sizes = image_sizes(train), image_sizes(evaluated)
     same_content = {}
     if sizes[0] and sizes[1]:
         same_content = _same_content(train, evaluated, sizes[0], {i: size for i, size in sizes[1].items() if i not in same_name}, on_progress)
@@ -77,7 +77,7 @@ def check_leaks(train: VqaSplit, evaluated: VqaSplit, leaks: str, *, on_progress
     return found.record()
 
 
-def _sizes(split: VqaSplit) -> dict[int, int]:
+def image_sizes(split: VqaSplit) -> dict[int, int]:
     """Return the size of every image; none if one has no size."""
     sizes = {}
     for i in range(split.num_images):

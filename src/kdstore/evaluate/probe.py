@@ -95,8 +95,9 @@ def evaluate_probe(config: ProbeConfig, *, on_progress: OnProgress = silent) -> 
         subject, gallery = open_gallery(model, cache, data, config.encode_batch, on_progress)
         parts.append((subject, gallery.spec, usable_images(gallery, lambda caption: caption.kind == PROBE, "label")))
     (of_train, train_spec, train), (subject, spec, evaluated) = parts
-    if of_train.identity["teacher"] != subject.identity["teacher"]:
-        raise EvaluationError("The two stores hold features of different teachers.", "Name two stores of one teacher.")
+    for what in ("teacher", "preprocessing"):
+        if of_train.identity.get(what) != subject.identity.get(what):
+            raise EvaluationError(f"The two stores hold features of a different {what}.", "Name two stores of one teacher, extracted alike.")
     if shared := set(train.keys) & set(evaluated.keys):
         raise EvaluationError(f"{len(shared)} of the scored images are trained on, {min(shared)} among them.", "Name images that are not in the training data.")
     labels = number_labels([*train.captions, *evaluated.captions], names)

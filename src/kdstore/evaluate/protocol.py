@@ -58,8 +58,8 @@ class VqaConfig:
         for name in ("train_images", "eval_images", "grid", "image_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Leave {name} out to take what is there.")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"'seeds' must be different numbers of 0 or more, found {list(self.seeds)}.", "Write --seeds 0,1,2.")
+        if not self.seeds or not 0 <= min(self.seeds) <= max(self.seeds) < 2**63 or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"'seeds' must be different numbers of 0 or more, below 2^63, found {list(self.seeds)}.", "Write --seeds 0,1,2.")
         if self.eval_split in self.train_splits or len(set(self.train_splits)) < len(self.train_splits):
             raise ConfigError(f"'train_split' and 'eval_split' must differ, found '{self.train_split}' and '{self.eval_split}'.", "Evaluate on another split.")
         if self.width < 4 or self.width % self.attention_heads:

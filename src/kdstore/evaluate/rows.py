@@ -1,8 +1,8 @@
 """Rows of a VQA result that are finished, and checkpoints of those that are not, in a folder beside the result.
 
 A row's folder is named by the digest of all that decides its answers: the protocol, what the images' features are made by, the training questions with
-their answers, and the evaluated questions without theirs. So a rerun finds what is done, other settings never meet it, and more seeds or controls cost only
-themselves. Image files are taken to be what they were.
+their answers, the evaluated questions without theirs, and names and sizes of the images. So a rerun finds what is done, other settings never meet it, and
+more seeds or controls cost only themselves. An image file of equal name and size is taken to be what it was: nothing is hashed for a row that is finished.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def row_of(name: str, seed: int, config: VqaConfig, task: VqaTask, images: dict[
         "images": images,
         "protocol": {k: v for k, v in as_dict(config).items() if k not in (*NOT_IN_DIGEST, "metric_version")},
         "train": task.train.digest,
-        "asked": [[q.question_id, q.question, list(q.images)] for q in task.evaluated.questions],
+        "asked": [[q.question_id, q.question] for q in task.evaluated.questions],
+        "images_asked_about": task.images_digest,
         "evaluated": task.evaluated.name,
         "version": kdstore.__version__,
     }

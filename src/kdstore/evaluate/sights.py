@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,14 @@ def _load(config: VqaConfig) -> Model:
 
 
 def _untrained(config: VqaConfig, subject: Subject, seed: int) -> Model:
-    """Draw the subject's architecture from a seed; for stores it is built from the configuration that they carry."""
+    """Draw the subject's architecture from a seed; for stores it is built from the configuration that they carry.
+
+    It reads images as the subject does: preprocessing comes with weights (SigLIP, MobileCLIP), and an architecture alone has open_clip's default.
+    """
     options: dict[str, Any] = {"device": config.device, "precision": config.precision, "untrained": True, "seed": seed}
-    if config.model is not None:
-        return load_model(architecture_of(config.model), image_size=config.image_size, **options)
+    if config.model is not None and subject.model is not None:
+        drawn = load_model(architecture_of(config.model), image_size=config.image_size, **options)
+        return replace(drawn, preprocess=subject.model.preprocess)
     preprocessing = {name: value for name, value in subject.identity["preprocessing"].items() if name != "digest"}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": subject.identity["config"], "preprocess_cfg": preprocessing}))

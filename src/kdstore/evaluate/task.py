@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from kdstore.errors import ConfigError, EvaluationError
 from kdstore.evaluate.answers import AnswerVocabulary, answer_vocabulary, best_answers, chance_per_type, label_scores, soft_target, word_vocabulary
 from kdstore.evaluate.datasets import open_vqa
 from kdstore.evaluate.datasets.form import VqaQuestion, VqaSplit
-from kdstore.evaluate.leaks import check_leaks
+from kdstore.evaluate.leaks import check_leaks, image_sizes
 from kdstore.evaluate.protocol import VqaConfig
 from kdstore.jsonfile import digest_of
 from kdstore.metrics.answers import metric_version, score_answers
@@ -56,11 +57,16 @@ class VqaTask:
         return score_answers(self.evaluated.metric, self.annotations, predictions, version=self.version)
 
     @functools.cached_property
+    def images_digest(self) -> str:
+        """What the images of both splits are by name and size, wherever their folder lies, and which of them each question is about."""
+        return digest_of([_images_of(split) for split in (self.train, self.evaluated)])
+
+    @functools.cached_property
     def annotations(self) -> list[dict[str, Any]]:
         return [q.annotation() for q in self.evaluated.questions]
 
     @functools.cached_property
-    def label_scores(self) -> list[dict[str, float]]:
+    def label_scores(self) -> list[dict[str, float] | None]:
         return label_scores(self.evaluated.questions, self.vocabulary, self.score)
 
     @property
@@ -136,6 +142,11 @@ def open_task(config: VqaConfig, on_progress: OnProgress) -> VqaTask:
 
 def _asked(pairs: Sequence[tuple[VqaQuestion, dict[int, float]]]) -> Asked:
     return Asked(tuple(q for q, _ in pairs), tuple(target for _, target in pairs))
+
+
+def _images_of(split: VqaSplit) -> dict[str, Any]:
+    sizes = image_sizes(split)
+    return {"images": [[Path(name).name, sizes.get(i)] for i, name in enumerate(split.image_names)], "asked": [list(q.images) for q in split.questions]}
 
 
 def _held_out(num_images: int, share: float) -> set[int]:

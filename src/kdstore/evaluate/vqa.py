@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from kdstore.config import as_dict, config_digest
-from kdstore.errors import UnknownName
+from kdstore.errors import ConfigError, UnknownName
 from kdstore.evaluate.answers import START, UNKNOWN, split_words
 from kdstore.evaluate.datasets import check_vqa_name, write_submission
 from kdstore.evaluate.datasets.form import VqaQuestion
@@ -75,6 +75,8 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
         raise UnknownName.of("head", config.head, HEADS)
     started = time.perf_counter()
     task = open_task(config, on_progress)
+    if config.out is None and not task.evaluated.answered:
+        raise ConfigError(f"{task.evaluated.name} has no answers to score with, and no file for its predictions was named.", "Give --out FILE.")
     subject = open_subject(config, on_progress)
     rows = _trained_rows(config, task, subject, on_progress)
     chance: dict[str, float] = {}
@@ -101,7 +103,7 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
 
 def _trained_rows(config: VqaConfig, task: VqaTask, subject: Subject, on_progress: OnProgress) -> list[VqaRow]:
     """Train and score a head for each row and seed, those of a row behind each other; finished ones are read."""
-    names = ROWS if config.controls else ROWS[:1]
+    names = ROWS if config.controls and task.evaluated.answered else ROWS[:1]
     rows = [row_of(name, seed, config, task, _identity(name, seed, subject)) for name in names for seed in config.seeds]
     answered = {row: found for row in rows if (found := kept_answers(row, config.out)) is not None}
     missing = [row for row in rows if row not in answered]
