@@ -129,11 +129,12 @@ def store_verify(
         say(f"Bring these files back from another copy of the store (files that are not in the manifest: remove them), then: kdstore store verify {path}")
     elif report.unreadable:
         say(f"Check the rights and the disk, then: kdstore store verify {path}")
-    read, sound = "", "whole"
+    read, sound = "", "no damage in this part" if report.absent else "whole"
+    of = f" of {report.num_files + report.absent}" if report.absent else ""
     if report.seed is not None:
         share = 100 * report.read_bytes / max(1, report.num_bytes)
         read, sound = f", {share:.2g} % of the bytes read (--seed {report.seed})", "no damage in what was read"
-    lines = [f"{path}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB{read}, {sound if report.ok else 'not whole'} ({report.digest})."]
+    lines = [f"{path}: {report.num_files}{of} files, {report.num_bytes / 1e6:.1f} MB{read}, {sound if report.ok else 'not whole'} ({report.digest})."]
     lines += [f"signed by {signer}"] if signer else []
     lines += _recomputed(again) if again else []
     show({**dataclasses.asdict(report), "signed_by": signer, "recompute": again and dataclasses.asdict(again)}, as_json, text="\n".join(lines))

@@ -150,9 +150,16 @@ def write_parts(
     allow_overflow: bool = False,
     on_progress: OnProgress = silent,
 ) -> DerivedStore:
-    """Write the rows of all parts as a store, or go on with one; raises what `StoreWriter` and `Store.gather` raise, StoreError for an overflow."""
+    """Write the rows of all parts as a store, or go on with one; raises what `StoreWriter` and `Store.gather` raise, StoreError for an overflow.
+
+    Of a part of a store without some of these rows nothing is written: MissingFeature.
+    """
     if Path(out).resolve() in {part.store.path.resolve() for part in parts}:
         raise ConfigError(f"{out} is the store that is read.", "Name a new one with --out.")
+    for spec in specs:
+        for store, rows in _pieces(parts, spec.side, 0, plan.rows(spec.side)):
+            if store.part is not None and not store.holds(spec.name)[rows].all():
+                store.require_whole()  # before anything is written that could not be ended
     started = time.perf_counter()
     operation = identity["lineage"]["operation"]
     first = parts[0].store  # codes mean the same in all parts: their identities agree

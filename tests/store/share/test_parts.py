@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from kdstore.cli import app
 from kdstore.data.source import Caption
 from kdstore.errors import ConfigError, JoinError, MissingFeature, UnknownName
-from kdstore.store import join_sources, open_store, verify_store
+from kdstore.store import Encoding, join_sources, open_store, recode_store, subset_store, verify_store
 from kdstore.store.share import Choice, pull_store
 
 
@@ -126,6 +128,16 @@ def test_what_cannot_be_chosen_is_refused(pristine, tmp_path):
         pull_store(str(pristine), tmp_path / "y", choice=Choice(rows=slice(100, 200)))
     with pytest.raises(ConfigError, match="push"):
         pull_store(str(pristine), "s3://bucket/x")
+
+
+def test_a_part_is_made_into_another_store_only_of_rows_that_it_has(pristine, tmp_path):
+    target = tmp_path / "part"
+    pull_store(str(pristine), target, choice=Choice(rows=slice(0, 16)))
+    with pytest.raises(MissingFeature, match="store pull"):
+        recode_store(target, tmp_path / "recoded", Encoding(codec="zstd"))
+    assert not (tmp_path / "recoded").exists()
+    assert subset_store(target, tmp_path / "subset", rows=slice(2, 9)).images == 7
+    assert "no damage in this part" in CliRunner().invoke(app, ["store", "verify", str(target)]).output
 
 
 def test_a_part_json_that_lies_is_damage(pristine, tmp_path):
