@@ -20,7 +20,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("lab", "other"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", folder / name], check=True)
         public = (folder / f"{name}.pub").read_text()
-        (folder / f"{name}.allowed").write_text(f'# signers\nrelease@{name}.org,*@{name}.edu namespaces="kdstore" {public}')
+        (folder / f"{name}.allowed").write_text(f'# signers\n!guest@{name}.edu,release@{name}.org,*@{name}.edu namespaces="kdstore" {public}')
     return folder
 
 
