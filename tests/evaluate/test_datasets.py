@@ -94,6 +94,7 @@ def test_what_is_missing_is_named_with_the_folder_looked_in(tmp_path: Path) -> N
         ('{"image": "a.png", "question": "q", "answer": 3}', "found 3"),
         ('{"image": "a.png", "question": "q", "answer": "x", "question_id": [1]}', "expected a number or a text"),
         ('{"image": "a.png", "question": "q", "answer": "x", "question_id": 1}\n' * 2, "1 repeated question ids .first: 1"),
+        ('{"image": "a.png", "question": "q", "answer": "x", "question_type": "overall"}', "questions of the type 'overall'"),
         ('{"image": "a.png", "question": "q", "answer": "x", "question_type": 3}', "Line 1 .* question_type 3; expected a text"),
         ('{"image": "a.png", "question": "q", "answer": "x", "answer_type": null}', "answer_type None; expected a text"),
         ("", "holds no question"),

@@ -192,6 +192,10 @@ def test_probes_refuse_what_would_leak_or_cannot_be_told_apart(stores: dict[str,
         evaluate_probe(ProbeConfig(model="scenes-S", train_data="scenes/train:30?probe=shape", data="scenes/test:9?probe=shape", device="cpu"))
     with pytest.raises(EvaluationError, match="No training image has the labels"):
         evaluate_probe(ProbeConfig(model="scenes-S", train_data="scenes/train:3?probe=leftmost-color", data=TEST, device="cpu"))
+    with pytest.raises(EvaluationError, match=r"chosen on 2 of 160 training images, and each part needs one of each of \d+ classes"):
+        evaluate_probe(ProbeConfig(train_cache=stores["train"], cache=stores["test"], val_share=0.01))
+    with pytest.raises(ConfigError, match=r"'seed' must be a number from 0 to 2\^32 - 1, found -1"):
+        ProbeConfig(train_cache=stores["train"], cache=stores["test"], seed=-1)
     with pytest.raises(ConfigError, match="--train-cache and --cache go together"):
         ProbeConfig(cache=stores["test"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import resource
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,17 @@ def test_wrong_settings_get_one_clear_line_before_any_work(model_folder: Path, t
             evaluate_vqa(small(model_folder, **{field: name}))
     with pytest.raises(ConfigError, match="is a folder"):
         evaluate_vqa(small(model_folder, out=str(tmp_path)))
-    for settings in ({"question_encoder": "own"}, {"epochs": 0}, {"width": 18}, {"warmup": 1.0}, {"eval_images": 0}, {"seeds": (-1,)}, {"seeds": (1, 1)}):
+    for settings in (
+        {"question_encoder": "own"},
+        {"epochs": 0},
+        {"width": 18},
+        {"warmup": 1.0},
+        {"eval_images": 0},
+        {"seeds": (-1,)},
+        {"seeds": (1, 1)},
+        {"seeds": (2**63,)},
+        {"weight_decay": math.inf},
+    ):
         with pytest.raises(ConfigError, match="must"):
             small(model_folder, **settings)
     for settings in ({"train_split": "test"}, {"train_split": "train+test"}, {"lookup": "exact"}, {"early_stopping": 1.0}, {"mode": "head+last-0"}):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kdstore.metrics.statistics import (
+    beyond_unanimity,
     bootstrap_means,
     flipped_means,
     holm,
@@ -135,3 +136,12 @@ def test_mcnemar_is_the_sign_test_of_the_discordant() -> None:
     assert mcnemar_p(0, 0) == 1
     assert mcnemar_p(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
     assert mcnemar_p(3, 12) == mcnemar_p(12, 3)
+
+
+def test_scores_that_are_the_same_on_all_images_have_the_exact_binomial_interval() -> None:
+    """Resampling sees no spread where all images are right, however few they are."""
+    low_C, high_C = beyond_unanimity(np.array([100.0, 0.0, 40.0]), np.array([100.0, 0.0, 60.0]), np.array([4, 1000, 10]))
+    for right, images, low, high in ((4, 4, low_C[0], high_C[0]), (0, 1000, low_C[1], high_C[1])):
+        exact = stats.binomtest(right, images).proportion_ci(0.95, method="exact")
+        assert (low / 100, high / 100) == pytest.approx((exact.low, exact.high))
+    assert (low_C[2], high_C[2]) == (40.0, 60.0)

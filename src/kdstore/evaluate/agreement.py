@@ -50,6 +50,8 @@ class AgreementConfig:
             raise ConfigError("--data is needed: the images that both models see.", "Name a source (kdstore list sources).")
         if not self.model and self.data is not None:
             raise ConfigError("Two stores are compared on what both hold, but --data was given.", "Leave --data out.")
+        if self.seed < 0:
+            raise ConfigError(f"'seed' must be 0 or more, found {self.seed}.", "Correct --seed.")
         if self.encode_batch < 1:
             raise ConfigError(f"'encode_batch' must be at least 1, found {self.encode_batch}.", "Correct encode_batch.")
         if not 1 <= self.neighbours < self.samples or self.samples < 4:

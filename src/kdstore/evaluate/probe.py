@@ -9,6 +9,7 @@ N training images, M evaluated ones, C classes, D width.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ class ProbeConfig:
         for name in ("neighbours", "max_iterations", "encode_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
-        if not (0 < self.val_share < 1 and self.temperature > 0):
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"'seed' must be a number from 0 to 2^32 - 1, found {self.seed}.", "Correct --seed.")
+        if not (0 < self.val_share < 1 and 0 < self.temperature < math.inf):
             raise ConfigError("'val_share' must lie between 0 and 1, and 'temperature' be positive.", "Correct the protocol.")
 
 
@@ -106,7 +109,7 @@ def evaluate_probe(config: ProbeConfig, *, on_progress: OnProgress = silent) -> 
     if labels.single_N is None:
         raise EvaluationError("Some images have several labels, and a probe tells classes apart.", "Name a label that is one per image.")
     label_N, label_M = labels.single_N[: len(train.keys)], labels.single_N[len(train.keys) :]
-    _check_classes(label_N, label_M, labels.names, config.neighbours)
+    _check_classes(label_N, label_M, labels.names, config)
     train_ND, evaluated_MD = unit_rows(train.image_ND), unit_rows(evaluated.image_ND)
     vote_MC = neighbour_votes(train_ND, label_N, evaluated_MD, len(labels.names), k=config.neighbours, temperature=config.temperature)
     score_MC, fit = _linear_probe(train_ND, label_N, evaluated_MD, len(labels.names), config, on_progress)
@@ -170,7 +173,7 @@ def _fitted(row_ND: Array, label_N: Array, c: float, max_iterations: int) -> tup
     return probe, not any(issubclass(warning.category, ConvergenceWarning) for warning in raised)
 
 
-def _check_classes(label_N: Array, label_M: Array, names: tuple[str, ...], neighbours: int) -> None:
+def _check_classes(label_N: Array, label_M: Array, names: tuple[str, ...], config: ProbeConfig) -> None:
     counts = np.bincount(label_N, minlength=len(names))
     if lacking := [names[c] for c in np.unique(label_M) if not counts[c]]:
         raise EvaluationError(f"No training image has the labels {', '.join(lacking[:4])} ({len(lacking)} in all), which are scored.", "Train on all classes.")
@@ -180,5 +183,9 @@ def _check_classes(label_N: Array, label_M: Array, names: tuple[str, ...], neigh
         )
     if (counts > 0).sum() < 2:
         raise EvaluationError("The training images have one class, and nothing to tell apart.", "Name data with two classes or more.")
-    if len(label_N) < neighbours:
-        raise EvaluationError(f"{neighbours} neighbours were asked for among {len(label_N)} training images.", "Ask for fewer: --neighbours K.")
+    num_classes, chosen_on = int((counts > 0).sum()), math.ceil(config.val_share * len(label_N))
+    if min(chosen_on, len(label_N) - chosen_on) < num_classes:
+        found = f"C is to be chosen on {chosen_on} of {len(label_N)} training images, and each part needs one of each of {num_classes} classes."
+        raise EvaluationError(found, "Give more training images, or another --set val_share=0.2.")
+    if len(label_N) < config.neighbours:
+        raise EvaluationError(f"{config.neighbours} neighbours were asked for among {len(label_N)} training images.", "Ask for fewer: --neighbours K.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ class VqaConfig:
             raise ConfigError(f"'train_split' and 'eval_split' must differ, found '{self.train_split}' and '{self.eval_split}'.", "Evaluate on another split.")
         if self.width < 4 or self.width % self.attention_heads:
             raise ConfigError(f"'width' must be a multiple of attention_heads ({self.attention_heads}) and at least 4, found {self.width}.", "Correct width.")
-        if not (self.learning_rate > 0 and self.tower_rate > 0 and self.gradient_clip > 0 and self.weight_decay >= 0 and 0 <= self.warmup < 1):
+        positive = (self.learning_rate, self.tower_rate, self.gradient_clip)
+        if not (all(0 < value < math.inf for value in positive) and 0 <= self.weight_decay < math.inf and 0 <= self.warmup < 1):
             raise ConfigError(
                 "'learning_rate', 'tower_rate' and 'gradient_clip' must be positive, 'weight_decay' not negative, 'warmup' in [0, 1).", "Correct the schedule."
             )

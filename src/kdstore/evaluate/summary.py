@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdstore.evaluate.outcomes import Outcomes
-from kdstore.metrics.statistics import bootstrap_means, image_sums, percentile_interval, seed_errors, t_interval
+from kdstore.metrics.statistics import beyond_unanimity, bootstrap_means, image_sums, percentile_interval, seed_errors, t_interval
 
 OVERALL = "overall"
 _ROUNDING = 0.011  # official scores are rounded to two decimals
@@ -62,7 +62,10 @@ def _add_intervals(summary: list[dict[str, Any]], outcomes: Outcomes) -> None:
     for record, score_SN, drawn_BC in zip(summary, score_RSN, drawn_RBC, strict=True):
         mean_SC = np.stack([items.sums(score_N).sum(axis=0) for score_N in score_SN]) / count_C
         found = {"interval": drawn_BC + seed_errors(mean_SC), "over_images": drawn_BC}
-        ends = {name: np.clip(percentile_interval(draws), 0, 100) for name, draws in found.items()}
+        ends: dict[str, Any] = {}
+        for what, draws in found.items():
+            low_C, high_C = np.clip(percentile_interval(draws), 0, 100)
+            ends[what] = beyond_unanimity(low_C, high_C, images_C)
         if len(mean_SC) > 1:
             ends["over_seeds"] = np.clip(t_interval(mean_SC), 0, 100)
         for c, name in enumerate(items.names):

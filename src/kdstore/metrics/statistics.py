@@ -65,6 +65,15 @@ def percentile_interval(drawn_BC: np.ndarray, confidence: float = 0.95) -> tuple
     return low_C, high_C
 
 
+def beyond_unanimity(low_C: np.ndarray, high_C: np.ndarray, images_C: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Widen intervals of scores, in percent, that are 0 or 100 on every image, where resampling sees no spread, to the exact end for as many tosses.
+
+    Clopper & Pearson 1934 (Biometrika 26): of G images that all are right, the lower end is the G-th root of (1 - confidence) / 2.
+    """
+    reach_C = 100 * (1 - ((1 - confidence) / 2) ** (1 / images_C))
+    return np.where(low_C > 100 - 1e-4, 100 - reach_C, low_C), np.where(high_C < 1e-4, reach_C, high_C)
+
+
 def t_interval(mean_SC: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Return Student's t interval [C] of the mean over seeds; two or more of them."""
     half_C = stats.t.ppf((1 + confidence) / 2, len(mean_SC) - 1) * mean_SC.std(axis=0, ddof=1) / np.sqrt(len(mean_SC))

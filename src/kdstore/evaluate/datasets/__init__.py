@@ -54,6 +54,8 @@ def open_vqa(name: str, split: str, *, folder: str | Path | None = None, num_ima
         opened = replace(opened, name=f"{opened.name}:{num_images}", questions=questions, image_names=opened.image_names[:num_images])
     if not opened.questions:
         raise EvaluationError(f"{opened.name} holds no question.", "Give a split that has questions.")
+    if any(q.question_type == "overall" for q in opened.questions):
+        raise EvaluationError(f"{opened.name} has questions of the type 'overall', which is what the score of all of them is called.", "Rename the type.")
     repeated = [i for i, n in Counter(q.question_id for q in opened.questions).items() if n > 1]
     if repeated:
         raise EvaluationError(f"{opened.name} has {len(repeated)} repeated question ids (first: {repeated[0]}).", "Give every question an id of its own.")
