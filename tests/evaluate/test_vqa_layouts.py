@@ -14,6 +14,7 @@ from PIL import Image
 from kdstore.errors import EvaluationError
 from kdstore.evaluate.datasets import VQA_DATASETS, VqaSplit, open_vqa, read_predictions, submission, write_submission
 from kdstore.evaluate.datasets.gqa import scene_graphs
+from kdstore.evaluate.score import outcomes_of
 from kdstore.metrics.answers import METRICS, score_answers
 from kdstore.metrics.gqa import gqa_grounding
 
@@ -251,6 +252,13 @@ def test_a_file_of_another_form_or_without_questions_is_one_clear_line(name: str
     (tmp_path / LAYOUTS[name].questions).write_text(content)
     with pytest.raises(EvaluationError):
         open_vqa(name, LAYOUTS[name].split, folder=tmp_path)
+
+
+def test_all_pairs_of_one_nlvr2_set_are_drawn_together_in_an_interval(tmp_path: Path) -> None:
+    split = opened("nlvr2", tmp_path)
+    scores = score_answers(split.metric, (q.annotation() for q in split.questions), gold(split))
+    outcomes = outcomes_of(split.questions, [("model", 0, list(gold(split).values()), scores)])
+    assert list(outcomes.group_N) == [f"dev-{i}" for i in IDS]
 
 
 @pytest.mark.parametrize("name", ["vqav2", "aokvqa", "vizwiz", "textvqa", "clevr", "nlvr2", "jsonl"])

@@ -89,7 +89,7 @@ def outcomes_of(questions: Sequence[VqaQuestion], runs: Sequence[tuple[str, int 
     """Put every answer beside its score, of the questions that count; runs are (row, seed, an answer to each question, scores) of one metric."""
     counted = [q.question_id in runs[0][3].per_question for q in questions]
     items = [q for q, counts in zip(questions, counted, strict=True) if counts]
-    columns = ([str(q.question_id) for q in items], [" ".join(map(str, q.images)) for q in items], [q.question_type for q in items])
+    columns = ([str(q.question_id) for q in items], [q.cluster or " ".join(map(str, q.images)) for q in items], [q.question_type for q in items])
     scored = (
         Run(
             row,

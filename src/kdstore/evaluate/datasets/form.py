@@ -22,7 +22,8 @@ from kdstore.jsonfile import canonical_json
 class VqaQuestion:
     """A question on images of its split, by number (NLVR2: two); `answers` are records with `answer` and `answer_id`, one per annotator.
 
-    Equal records are one object, so none of them may be changed.
+    Equal records are one object, so none of them may be changed. Questions of one `cluster` are not independent of each other; where it is empty those on
+    the same images are one.
     """
 
     question_id: int | str
@@ -32,6 +33,7 @@ class VqaQuestion:
     answer_type: str
     answers: tuple[dict[str, Any], ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    cluster: str = ""
 
     def annotation(self) -> dict[str, Any]:
         """Return the official annotation record, with `question` and `extra` beside it, as METRICS take it."""

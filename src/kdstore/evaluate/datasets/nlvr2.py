@@ -27,5 +27,6 @@ def open_nlvr2(folder: Path | None, split: str, num_images: int | None) -> VqaSp
         pair = identifier.rpartition("-")[0]
         inside = near / str(row["directory"]) if "directory" in row else near
         both = tuple(images(inside / f"{pair}-img{side}.png") for side in (0, 1))
-        questions.append(VqaQuestion(identifier, both, sentence, "all", "yes/no", answers_of([label]), {"identifier": identifier}))
+        of_set = pair.rpartition("-")[0]  # whose pairs share images and sentences
+        questions.append(VqaQuestion(identifier, both, sentence, "all", "yes/no", answers_of([label]), {"identifier": identifier}, of_set))
     return images.split(f"nlvr2/{split}", questions, metric="nlvr2", submission=CSV)
