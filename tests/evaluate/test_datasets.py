@@ -73,7 +73,7 @@ def test_jsonl_takes_answers_or_one_answer_and_fills_in_types(tmp_path: Path) ->
 
 def test_what_is_missing_is_named_with_the_folder_looked_in(tmp_path: Path) -> None:
     for name, file in (("easy-vqa", "questions.json in .*/train"), ("jsonl", "train.jsonl in ")):
-        with pytest.raises(EvaluationError, match=f"No file {file}"):
+        with pytest.raises(EvaluationError, match=f"^No file {file}"):
             open_vqa(name, "train", folder=tmp_path)
         with pytest.raises(EvaluationError, match="none was given"):
             open_vqa(name, "train")

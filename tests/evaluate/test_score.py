@@ -79,6 +79,7 @@ def test_a_prediction_file_is_scored_into_a_result_with_its_outcomes(folder: Pat
         (GIVEN[:2], "1 without a prediction, 0 without a question .first: question 3 has no prediction"),
         ([*GIVEN, {"question_id": 4, "answer": "x"}], "prediction 4 has no question"),
         ([*GIVEN, GIVEN[0]], "mine.json is no prediction file .*: question 1 is answered more than once"),
+        ([{**given, "question_id": str(given["question_id"])} for given in GIVEN], "3 without a question .* without quotes"),
         ("[{", "is no prediction file of jsonl/val: Expecting"),
         ("{}", "it is not a JSON list"),
         ([3], "record 0 has no 'question_id' and 'answer'"),

@@ -99,7 +99,9 @@ def check_same_ids(predictions: Mapping[QuestionId, Any], question_of: Mapping[Q
         first = f"question {missing[0]} has no prediction" if missing else f"prediction {extra[0]} has no question"
         raise EvaluationError(
             f"Predictions and questions differ in their ids: {len(missing)} without a prediction, {len(extra)} without a question (first: {first}).",
-            "Predict every question of the split, and no other.",
+            "Write ids as the data set does, without quotes if they are numbers there."
+            if {str(q) for q in extra} & {str(q) for q in missing}
+            else "Predict every question of the split, and no other.",
         )
 
 

@@ -60,8 +60,9 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises EvaluationError for one that is missing, cut off or no JSON."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except (ValueError, RecursionError) as e:
         raise EvaluationError(f"{path} is not JSON, or not all of it: {e}.", _RESTORE) from e
 
