@@ -16,6 +16,7 @@ import torch
 
 from kdstore import cli
 from kdstore.cli import evaluate, main
+from kdstore.cli.options import STAGES
 from kdstore.cli.screen import bars
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
@@ -100,6 +101,8 @@ WRONG = {
     "no caption column": (["extract", "--teacher", "scenes-T", "--set", "untrained_seed=0", "--data", "rows.csv"], "found path, title"),
     "no such data": (["extract", "--teacher", "scenes-T", "--set", "untrained_seed=0", "--data", "nowhere"], "nowhere"),
     "unknown setting": (["extract", "--teacher", "scenes-T", "--set", "untraned_seed=0"], "untrained_seed"),
+    "a setting like no other": (["evaluate", "vqa", "--set", "foo=1"], "All: kdstore list settings vqa."),
+    "settings of no stage": (["list", "settings", "extrakt"], "Did you mean extract"),
     "wrong type": (["distill", "--data", "scenes:64", "--set", "lr=fast"], "lr"),
     "unknown table in a recipe": (["distill", "--recipe", "table.toml"], "distill"),
     "unknown key in a recipe": (["distill", "--recipe", "key.toml"], "batch_size"),
@@ -224,6 +227,9 @@ def test_lists_name_what_can_be_named(here):
     assert "ViT-T-16" in here("list", "students").stdout
     assert "ViT-bigG-14: laion2b_s39b_b160k (default)" in here("list", "teachers").stdout
     assert {"scenes", "easy-vqa"} <= set(json.loads(here("list", "vqa", "--json").stdout)["datasets"])
+    for stage in STAGES:
+        assert "device" in json.loads(here("list", "settings", stage, "--json").stdout) or stage == "score"
+    assert "eval_split  str = 'test'" in here("list", "settings", "vqa").stdout
 
 
 def test_every_option_is_none_unless_given():
@@ -244,7 +250,7 @@ def test_without_a_terminal_a_running_stage_has_its_lines_and_each_its_end(capsy
     with bars(every=0) as report:
         for done in (0, 250, 1000, 1000):
             report("images", done, 1000, "2 invalid")
-        report("warning", 0, 0, "one [bad] word")
+        report("warning", 0, 0, "one [bad] word of scenes:100:")
         report("bytes", 2000, 4000)
         seen = capsys.readouterr().err.splitlines()
         report("images", 0, 10)
@@ -252,7 +258,7 @@ def test_without_a_terminal_a_running_stage_has_its_lines_and_each_its_end(capsy
         "images: 0/1000",
         "images: 250/1000",
         "images: 1000/1000",
-        "warning: one [bad] word",
+        "warning: one [bad] word of scenes:100:",
         "bytes: 2.0 kB/4.0 kB",
     ]
     assert seen[1].split(", ")[1].endswith("/s")

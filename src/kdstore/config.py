@@ -34,15 +34,18 @@ def read_recipe(path: Path | str | None, sections: set[str]) -> dict[str, dict[s
     return recipe
 
 
-def make_config(cls: type[C], *layers: dict[str, Any], where: str = "the options") -> C:
-    """Build `cls` from settings of rising precedence, leaving out None; raises ConfigError for a wrong name or type, or a missing setting."""
+def make_config(cls: type[C], *layers: dict[str, Any], where: str = "the options", hint: str = "") -> C:
+    """Build `cls` from settings of rising precedence, leaving out None; raises ConfigError for a wrong name or type, or a missing setting.
+
+    `hint` tells where all names stand.
+    """
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
             if name not in known:
-                raise UnknownName.of(f"setting in {where}", name, known)
+                raise UnknownName.of(f"setting in {where}", name, known, hint)
             if value is not None:
                 values[name] = _typed(name, value, hints[name], where)
     needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]  # type: ignore[arg-type]

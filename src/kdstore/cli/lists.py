@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from typing import Annotated
 
 import typer
 
-from kdstore.cli.options import Json
+from kdstore.cli.options import STAGES, Json
 from kdstore.cli.screen import show
+from kdstore.errors import UnknownName
 
 list_app = typer.Typer(rich_markup_mode=None, help="List what can be named.")
 
@@ -85,3 +88,14 @@ def list_vqa(as_json: Json = False) -> None:
     from kdstore.evaluate.datasets import VQA_DATASETS
 
     show({"datasets": [*VQA_DATASETS, "hf:ORG/NAME"]}, as_json, text="\n".join([*VQA_DATASETS, "hf:ORG/NAME"]))
+
+
+@list_app.command("settings")
+def list_settings(stage: Annotated[str, typer.Argument(help=f"{', '.join(STAGES)}.")], as_json: Json = False) -> None:
+    """List all settings of a stage with their types and defaults, as --set and recipes take them."""
+    if stage not in STAGES:
+        raise UnknownName.of("stage", stage, STAGES)
+    module, _, name = STAGES[stage].partition(":")
+    fields = dataclasses.fields(getattr(importlib.import_module(module), name))
+    forms = {f.name: f"{f.type}" + ("" if f.default is dataclasses.MISSING else f" = {f.default!r}") for f in fields}
+    show(forms, as_json)

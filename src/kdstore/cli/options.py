@@ -12,7 +12,7 @@ from kdstore.config import make_config, parse_set, read_recipe
 C = TypeVar("C")
 
 Recipe = Annotated[Path | None, typer.Option(help="TOML file with a table per stage.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as key=value.", metavar="KEY=VALUE")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as key=value; see 'kdstore list settings'.", metavar="KEY=VALUE")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Data = Annotated[str | None, typer.Option(help="scenes[/SPLIT][:N], a folder with metadata, a table, or hf:ORG/NAME.")]
 SignedBy = Annotated[Path | None, typer.Option(metavar="FILE", help="Allowed signers, as of ssh-keygen: the store must be signed by one of them.")]
@@ -21,10 +21,20 @@ Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
 ModelOption = Annotated[str | None, typer.Option(help="A run folder, ARCH[:TAG], hf-hub:ORG/NAME, local-dir:PATH or a demo teacher.")]
 Pretrained = Annotated[str | None, typer.Option(help="A tag or a checkpoint file.")]
 Out = Annotated[str | None, typer.Option(help="Result file.")]
-SECTIONS = {"extract", "distill", "vqa", "score", "zeroshot", "retrieval", "probe", "agreement", "demo"}
+STAGES = {  # where the settings of each are, imported when asked for
+    "extract": "kdstore.extract.config:ExtractConfig",
+    "distill": "kdstore.distill.config:DistillConfig",
+    "vqa": "kdstore.evaluate.protocol:VqaConfig",
+    "score": "kdstore.evaluate.score:ScoreConfig",
+    "zeroshot": "kdstore.evaluate.zeroshot:ZeroshotConfig",
+    "retrieval": "kdstore.evaluate.retrieval:RetrievalConfig",
+    "probe": "kdstore.evaluate.probe:ProbeConfig",
+    "agreement": "kdstore.evaluate.agreement:AgreementConfig",
+    "demo": "kdstore.demo.config:DemoConfig",
+}
 
 
 def config_of(cls: type[C], section: str, recipe: Path | None, settings: list[str] | None, options: dict[str, Any]) -> C:
     """Build a stage's configuration from recipe < --set < options."""
-    tables = read_recipe(recipe, SECTIONS)
-    return make_config(cls, tables.get(section, {}), parse_set(settings), options, where=f"[{section}]")
+    tables = read_recipe(recipe, set(STAGES))
+    return make_config(cls, tables.get(section, {}), parse_set(settings), options, where=f"[{section}]", hint=f"All: kdstore list settings {section}.")

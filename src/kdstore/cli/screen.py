@@ -49,7 +49,7 @@ def _in_words(name: str, value: Any) -> str:
         return in_bytes(value)
     if name == "hours":
         return f"{value:.1f}" if value >= 0.1 else f"{value:.4f} ({3600 * value:.0f} seconds)"
-    return str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _flat(content: dict[str, Any]) -> str:
@@ -73,7 +73,7 @@ def bars(every: float = 60.0) -> Iterator[OnProgress]:
 
     _quiet_libraries()
     _keep_freed_memory()
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)  # scenes:100: is no emoji
     with _bars(console) if console.is_terminal else _lines(console, every) as on_progress:
         yield on_progress
 

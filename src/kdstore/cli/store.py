@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kdstore.extract.recompute import RecomputeReport
     from kdstore.store import StoreDifference, StoreProgress
 
-store_app = typer.Typer(rich_markup_mode=None, help="Look at a feature store and check it.")
+store_app = typer.Typer(rich_markup_mode=None, help="Look at a store of features, check, join, push, pull, sign, import it.")
 store_app.command("card")(publish.card)
 store_app.command("sign")(publish.sign)
 store_app.command("withdraw")(publish.withdraw)

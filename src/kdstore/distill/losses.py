@@ -80,7 +80,7 @@ def parse_loss(text: str) -> dict[str, float]:
             raise ConfigError(f"The loss '{text}' is no sum of weighted names (at '{text[position:]}').", 'Write for example "clip + 1*crd + 2000*fd".')
         entry = LOSSES.get(match["name"])
         if entry is None:
-            raise UnknownName.of("loss", match["name"], LOSSES)
+            raise UnknownName.of("loss", match["name"], LOSSES, "All: kdstore list losses.")
         for name, inner in ({match["name"]: 1.0} if isinstance(entry, Term) else parse_loss(entry.sum)).items():
             weights[name] = weights.get(name, 0.0) + weight * inner
         position = match.end() + 1

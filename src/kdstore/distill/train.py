@@ -92,7 +92,10 @@ def _distill(
         if config.text_tower == "frozen":
             needs = tuple(dict.fromkeys((*needs, *EMBEDDINGS)))
         if needs and not config.caches and not config.teacher and not live:
-            raise ConfigError(f"The loss '{config.loss}' needs a teacher's {', '.join(needs)}, but there is no store.", "Give --cache STORE, or --loss none.")
+            raise ConfigError(
+                f"The loss '{config.loss}' needs a teacher's {', '.join(needs)}, but there is no store.",
+                "Give --cache STORE or --teacher MODEL, or --loss none.",
+            )
         stores = open_stores(config.caches)
         check_imported(config, stores, needs)
         stored = views_to_show(config.views, stores, needs)
