@@ -106,6 +106,14 @@ def test_seeds_are_paired_and_widen_the_interval_and_what_draws_nothing_meets_ea
         compare(a, one)
 
 
+def test_no_interval_of_a_difference_goes_beyond_100_percent(tmp_path: Path) -> None:
+    right, wrong = np.full(NUM_IMAGES * PER_IMAGE, 100.0), np.zeros(NUM_IMAGES * PER_IMAGE)
+    a = written(tmp_path / "a.json", {("model", 0): right, ("model", 1): wrong})
+    b = written(tmp_path / "b.json", {("model", 0): wrong, ("model", 1): right})
+    for record in compare(a, b)["scores"]:
+        assert (record["interval"], record["over_seeds"]) == ([-100, 100], [-100, 100])
+
+
 def test_what_cannot_be_paired_is_refused_with_what_differs(tmp_path: Path) -> None:
     runs = {("model", 0): scores(0)}
     a = written(tmp_path / "a.json", runs)

@@ -189,7 +189,7 @@ def _differences(a: Side, b: Side) -> list[dict[str, Any]]:
                 "a": float(a_SN[:, chosen_N].mean()),
                 "b": float(b_SN[:, chosen_N].mean()),
                 "difference": float(mean_SC[:, place].mean()),
-                **{name: [float(low_C[place]), float(high_C[place])] for name, (low_C, high_C) in ends.items()},
+                **{name: np.clip((low_C[place], high_C[place]), -100, 100).tolist() for name, (low_C, high_C) in ends.items()},
                 "p": float(p_C[place]),
                 **_counts(a_SN[:, chosen_N], b_SN[:, chosen_N]),
                 "items": int(chosen_N.sum()),
