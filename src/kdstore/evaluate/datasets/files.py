@@ -44,14 +44,14 @@ def one_of(folder: Path, *names: str) -> Path:
     for name in names:
         if (folder / name).exists():
             return folder / name
-    hint = f"Give the folder that holds the data set, and one of its splits. Looked for: {', '.join(names)}."
+    hint = f"Give the folder that holds the data set, and one of its splits (docs/vqa-datasets.md). Looked for: {', '.join(names)}."
     raise EvaluationError(f"No {Path(names[0]).name} in {(folder / names[0]).parent}.", hint)
 
 
 def read_text(path: Path) -> str:
     """Read a file of UTF-8; raises EvaluationError naming file and folder."""
     if not path.is_file():
-        raise EvaluationError(f"No file {path.name} in {path.parent}.", "Give the folder that holds the data set, and one of its splits.")
+        raise EvaluationError(f"No file {path.name} in {path.parent}.", "Give the folder that holds the data set, and one of its splits (docs/vqa-datasets.md).")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
