@@ -51,7 +51,7 @@ def one_of(folder: Path, *names: str) -> Path:
 def read_text(path: Path) -> str:
     """Read a file of UTF-8; raises EvaluationError naming file and folder."""
     if not path.is_file():
-        raise EvaluationError(f"No file {path.name} in {path.parent}.", "Give the folder that holds the data set, and one of its splits (docs/vqa-datasets.md).")
+        raise EvaluationError(f"No file {path.name} in {path.parent}.", "Give the folder that holds the data set, and one of its splits: docs/vqa-datasets.md.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
