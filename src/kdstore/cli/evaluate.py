@@ -43,11 +43,10 @@ def evaluate_vqa(
     options |= {"question_encoder": question_encoder, "features": features or None, "mode": mode, "image_size": image_size}
     config = config_of(VqaConfig, "vqa", recipe, settings, {**options, "controls": controls, "out": out, "seeds": parse_seeds(seeds), "device": device})
     from kdstore.evaluate import vqa
-    from kdstore.evaluate.tables import markdown_table
 
     with bars() as on_progress:
         result = vqa.evaluate_vqa(config, on_progress=on_progress)
-    show(result.content, as_json, text=markdown_table([result.content]))
+    _show_table(result.content, as_json)
 
 
 @evaluate_app.command("score")
@@ -65,13 +64,12 @@ def evaluate_score(
 ) -> None:
     """Score a file of predictions by the data set's metric; no model is needed."""
     from kdstore.evaluate import score
-    from kdstore.evaluate.tables import markdown_table
 
     options = {"dataset": dataset, "folder": folder, "split": split, "predictions": predictions, "metric": metric, "metric_version": metric_version, "out": out}
     config = config_of(score.ScoreConfig, "score", recipe, settings, options)
     with bars() as on_progress:
         content = score.evaluate_score(config, on_progress=on_progress)
-    show(content, as_json, text=markdown_table([content]))
+    _show_table(content, as_json)
 
 
 @evaluate_app.command("zeroshot")
