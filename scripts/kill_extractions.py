@@ -24,9 +24,9 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of a feature depend on the number of threads
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import forked
 import torch
 
-from kdstore import cli
 from kdstore.errors import IncompleteStore, StoreNotFound
 from kdstore.extract import run as _imported_before_the_first_fork  # noqa: F401
 from kdstore.store import open_store, verify_store
@@ -42,28 +42,9 @@ class Kill:
 
 
 def start(out: Path, images: int, log: Path) -> int:
-    """Begin an extraction in a forked process; returns its number."""
-    pid = os.fork()
-    if pid == 0:
-        status = 99
-        try:
-            torch.set_num_threads(1)
-            with open(log, "ab") as sink:
-                os.dup2(sink.fileno(), 1)
-                os.dup2(sink.fileno(), 2)
-            settings = [text for name in ("batch=4", "threads=1") for text in ("--set", name)]
-            sys.argv = ["kdstore", "extract", "--teacher", "scenes-S", "--data", f"scenes/val:{images}", "--out", str(out), "--unit-rows", "8", *settings]
-            cli.main()
-        except SystemExit as e:
-            status = int(e.code or 0)
-        finally:
-            os._exit(status)
-    return pid
-
-
-def finish(pid: int) -> int:
-    """Wait for a process; returns its exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    settings = [text for name in ("batch=4", "threads=1") for text in ("--set", name)]
+    arguments = ["extract", "--teacher", "scenes-S", "--data", f"scenes/val:{images}", "--out", str(out), "--unit-rows", "8"]
+    return forked.start([*arguments, *settings], log)
 
 
 def wait_for_units(store: Path, units: int, pid: int) -> None:
@@ -91,7 +72,7 @@ def kill_and_resume(folder: Path, images: int, units: int, delay: float, expecte
     wait_for_units(store, units, pid)
     time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
-    killed = finish(pid) == -signal.SIGKILL
+    killed = forked.finish(pid) == -signal.SIGKILL
     units = recorded(store)
     refused = (store / "manifest.json").exists()
     if not refused:
@@ -99,7 +80,7 @@ def kill_and_resume(folder: Path, images: int, units: int, delay: float, expecte
             open_store(store)
         except (IncompleteStore, StoreNotFound):
             refused = True
-    resumed = finish(start(store, images, log)) == 0
+    resumed = forked.finish(start(store, images, log)) == 0
     same = refused and resumed and contents(store) == expected
     if same:
         shutil.rmtree(store)
@@ -109,7 +90,7 @@ def kill_and_resume(folder: Path, images: int, units: int, delay: float, expecte
 def run_two_at_once(folder: Path, images: int, expected: dict[str, str], log: Path) -> tuple[int, int]:
     """Start two extractions into one store; returns how many ended whole (0) and how many were refused (1). One at least must end whole."""
     store = folder / "store"
-    ended = [finish(pid) for pid in [start(store, images, log) for _ in range(2)]]
+    ended = [forked.finish(pid) for pid in [start(store, images, log) for _ in range(2)]]
     if not {0} <= set(ended) <= {0, 1} or contents(store) != expected:
         sys.exit(f"Two extractions at once ended with {ended}; their store is in {folder}, and what they said.\n{log.read_text()[-2000:]}")
     shutil.rmtree(store)
@@ -124,12 +105,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of where in its share of the time each kill comes")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    torch.set_num_threads(1)  # of the processes that are forked
     folder = Path(tempfile.mkdtemp(prefix="kill-extractions-"))
     log = folder / "log.txt"
     pid = start(folder / "whole", asked.images, log)
     wait_for_units(folder / "whole", 0, pid)
     began = time.monotonic()
-    if finish(pid) != 0:
+    if forked.finish(pid) != 0:
         sys.exit(log.read_text())
     units = len(list((folder / "whole/index").rglob("*.parquet")))
     seconds = (time.monotonic() - began) / units

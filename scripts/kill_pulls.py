@@ -22,9 +22,9 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 
-from kdstore import cli
 from kdstore.errors import IncompleteStore, StoreNotFound
 from kdstore.store import Plan, StoreWriter, embedding_array, open_store, verify_store
 from kdstore.store import share as _imported_before_the_first_fork  # noqa: F401
@@ -92,26 +92,7 @@ def write_store(folder: Path, megabytes: int) -> Path:
 
 
 def start(url: str, target: Path, log: Path) -> int:
-    """Begin a pull in a forked process; returns its number."""
-    pid = os.fork()
-    if pid == 0:
-        status = 99
-        try:
-            with open(log, "ab") as sink:
-                os.dup2(sink.fileno(), 1)
-                os.dup2(sink.fileno(), 2)
-            sys.argv = ["kdstore", "store", "pull", url, str(target), "--parallel", str(PARALLEL)]
-            cli.main()
-            status = 0
-        except SystemExit as e:
-            status = int(e.code or 0)
-        finally:
-            os._exit(status)
-    return pid
-
-
-def finish(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return forked.start(["store", "pull", url, str(target), "--parallel", str(PARALLEL)], log)
 
 
 def is_half(target: Path, digest: str) -> bool:
@@ -145,10 +126,15 @@ def main() -> int:
                 time.sleep(0.0005)
             time.sleep(0.02 * rng.random())
             os.kill(pid, signal.SIGKILL)
-            killed, ended = (killed + 1, ended) if finish(pid) == -signal.SIGKILL else (killed, ended + 1)
+            killed, ended = (killed + 1, ended) if forked.finish(pid) == -signal.SIGKILL else (killed, ended + 1)
             time.sleep(0.05)  # the server ends what it was sending
             half += is_half(target, store.digest)
-        if finish(start(url, target, log)) == 0 and open_store(target).digest == store.digest and verify_store(target).ok and not (target / "_build").exists():
+        if (
+            forked.finish(start(url, target, log)) == 0
+            and open_store(target).digest == store.digest
+            and verify_store(target).ok
+            and not (target / "_build").exists()
+        ):
             same += 1
         else:
             print(f"Pull {pull} did not end as it should; it is in {target}.\n{log.read_text()[-2000:]}", file=sys.stderr)

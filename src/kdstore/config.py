@@ -69,6 +69,13 @@ def parse_set(pairs: list[str] | None) -> dict[str, Any]:
     return settings
 
 
+def check_at_least_one(config: Any, *names: str) -> None:
+    """Raise ConfigError for a setting of these that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"'{name}' must be at least 1, found {getattr(config, name)}.", f"Correct {name}.")
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """Return a config as JSON-able settings (tuples as lists)."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}

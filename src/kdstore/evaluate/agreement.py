@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdstore.config import as_dict
+from kdstore.config import as_dict, check_at_least_one
 from kdstore.data.source import PROBE
 from kdstore.data.sources import open_source
 from kdstore.errors import ConfigError, EvaluationError
@@ -52,8 +52,7 @@ class AgreementConfig:
             raise ConfigError("Two stores are compared on what both hold, but --data was given.", "Leave --data out.")
         if self.seed < 0:
             raise ConfigError(f"'seed' must be 0 or more, found {self.seed}.", "Correct --seed.")
-        if self.encode_batch < 1:
-            raise ConfigError(f"'encode_batch' must be at least 1, found {self.encode_batch}.", "Correct encode_batch.")
+        check_at_least_one(self, "encode_batch")
         if not 1 <= self.neighbours < self.samples or self.samples < 4:
             raise ConfigError(f"'samples' must be at least 4 and more than 'neighbours', found {self.samples} and {self.neighbours}.", "Correct them.")
 

@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from kdstore.config import as_dict
+from kdstore.config import as_dict, check_at_least_one
 from kdstore.data.source import PROBE
 from kdstore.errors import ConfigError, EvaluationError
 from kdstore.evaluate.classes import class_names, constant_scores, hits_of_ranks, number_labels
@@ -65,9 +65,7 @@ class ProbeConfig:
             raise ConfigError("--train-data and --data are needed: labelled images to train on, and others to score.", "Name sources with ?probe=LABEL.")
         if (self.cache is None) != (self.train_cache is None):
             raise ConfigError("--train-cache and --cache go together.", "Name the store of the training images and that of the scored ones.")
-        for name in ("neighbours", "max_iterations", "encode_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
+        check_at_least_one(self, "neighbours", "max_iterations", "encode_batch")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"'seed' must be a number from 0 to 2^32 - 1, found {self.seed}.", "Correct --seed.")
         if not (0 < self.val_share < 1 and 0 < self.temperature < math.inf):

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from kdstore.config import check_at_least_one
 from kdstore.errors import ConfigError
 
 
@@ -53,9 +54,7 @@ class VqaConfig:
     out: str | None = None  # result file; what is finished, and checkpoints, lie beside it
 
     def __post_init__(self) -> None:
-        for name in ("min_answer_count", "layers", "attention_heads", "epochs", "patience", "batch_images", "encode_batch", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
+        check_at_least_one(self, "min_answer_count", "layers", "attention_heads", "epochs", "patience", "batch_images", "encode_batch", "save_every")
         for name in ("train_images", "eval_images", "grid", "image_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Leave {name} out to take what is there.")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdstore.config import as_dict
+from kdstore.config import as_dict, check_at_least_one
 from kdstore.data.source import PROBE
-from kdstore.errors import ConfigError, UnknownName
+from kdstore.errors import UnknownName
 from kdstore.evaluate.gallery import (
     Array,
     Gallery,
@@ -61,9 +61,7 @@ class RetrievalConfig:
         check_subject(self.model, self.cache)
         if self.index not in INDEXES:
             raise UnknownName.of("index", self.index, INDEXES)
-        for name in ("encode_batch", "probes", "index_sample"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be at least 1, found {getattr(self, name)}.", f"Correct {name}.")
+        check_at_least_one(self, "encode_batch", "probes", "index_sample")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdstore.config import as_dict
+from kdstore.config import as_dict, check_at_least_one
 from kdstore.data.source import PROBE
 from kdstore.errors import ConfigError
 from kdstore.evaluate.classes import Labels, class_names, constant_scores, filled, hits_of_ranks, number_labels, templates
@@ -48,8 +48,7 @@ class ZeroshotConfig:
 
     def __post_init__(self) -> None:
         check_subject(self.model, self.cache)
-        if self.encode_batch < 1:
-            raise ConfigError(f"'encode_batch' must be at least 1, found {self.encode_batch}.", "Correct encode_batch.")
+        check_at_least_one(self, "encode_batch")
         if self.cache is None and self.data is None:
             raise ConfigError("--data is needed: images with labels.", "Name a folder of class folders, or a source with ?probe=LABEL (docs/sources.md).")
 
