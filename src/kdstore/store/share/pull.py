@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from kdstore.store.withdraw import is_successor
 from kdstore.store.writer import BUILD_JSON, check_place
 
 MAX_BESIDE_BYTES = 1 << 24  # of a file beside the manifest, which nothing vouches for
-DIGEST = re.compile("sha256:[0-9a-f]{64}")
+_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 _MIRROR = re.compile(r"https?://[\w.-]+(:\d+)?(/[\w./~-]*)?|hf://datasets/[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -77,12 +77,11 @@ def pull_store(
     if not is_folder(str(target)):
         raise ConfigError(f"{redacted(str(target))} is no folder.", "Pull into a folder; to send a store elsewhere: kdstore store push.")
     transfer = Transfer([open_place(name, patience) for name in (source, *mirrors)], patience)
-    if expect is not None and not DIGEST.fullmatch(expect):
+    if expect is not None and not _DIGEST.fullmatch(expect):
         raise ConfigError(f"'{expect}' is no digest.", "Write --expect sha256: and 64 hex digits, as 'kdstore store info' shows them.")
     encoded, manifest = read_remote_manifest(transfer, expect)
     signature = None if signed_by is None else _remote_signature(transfer, manifest.digest, signed_by)
-    card = read_card(transfer)
-    transfer.places += [open_place(name, patience) for name in mirrors_of(card)]
+    transfer.places += [open_place(name, patience) for name in _mirrors_of_card(transfer)]
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             return _would_pull(transfer, Path(target), Staging(Path(scratch), manifest, encoded), choice, parallel, on_progress)
@@ -97,8 +96,7 @@ def pull_store(
         staging = Staging(target, replace(manifest, root=target), encoded)
         staging.begin()
         files, kept = _choose_and_fetch(transfer, staging, choice, parallel, on_progress)
-        there = {SIGNATURE: signature, "README.md": card}
-        fetch_beside(transfer, staging.folder, {name: there.get(name) for name in BESIDE}, on_progress)
+        _fetch_beside(transfer, staging, signature, on_progress)
         with lock.held():
             made = staging.commit(files, old, transfer.places[0].name)
     return _pulled(target, transfer, manifest, files, kept, whole=made.part is None)
@@ -139,19 +137,13 @@ def _remote_signature(transfer: Transfer, digest: str, signed_by: str | Path) ->
     raise refusals[0]
 
 
-def read_card(transfer: Transfer) -> bytes | None:
-    """Return the README.md of the first place; None if it does not come."""
-    with contextlib.suppress(Failure):
-        return read_small(transfer, transfer.places[0], "README.md", MAX_BESIDE_BYTES)
-    return None
-
-
-def mirrors_of(card: bytes | None) -> list[str]:
-    """Return the `mirrors` of a card's YAML, those of the web and the Hub: nobody vouches for them, so none gets credentials of ours or reads our disk."""
+def _mirrors_of_card(transfer: Transfer) -> list[str]:
+    """Return the `mirrors` of the card's YAML, those of the web and the Hub: nobody vouches for them, so none gets credentials of ours or reads our disk."""
     import yaml
 
-    with contextlib.suppress(UnicodeDecodeError, RecursionError, yaml.YAMLError):
-        block = re.match(r"---\n(.{,65536}?)\n---\n", (card or b"").decode(), re.DOTALL)
+    with contextlib.suppress(Failure, UnicodeDecodeError, RecursionError, yaml.YAMLError):
+        card = read_small(transfer, transfer.places[0], "README.md", MAX_BESIDE_BYTES).decode()
+        block = re.match(r"---\n(.{,65536}?)\n---\n", card, re.DOTALL)
         said = yaml.load(block[1], yaml.BaseLoader) if block else None  # texts alone: the safe loader unfolds keys that are merged, to any size
         named = said.get("mirrors") if isinstance(said, dict) else None
         return [name for name in named[:8] if isinstance(name, str) and _MIRROR.fullmatch(name)] if isinstance(named, list) else []
@@ -221,17 +213,18 @@ def _fetch(transfer: Transfer, staging: Staging, names: set[str], before: int, p
         fetch_files(transfer, staging.folder, {name: staging.manifest.files[name] for name in names}, parallel, on_progress, before)
 
 
-def fetch_beside(transfer: Transfer, folder: Path, names: Mapping[str, bytes | None], on_progress: OnProgress = silent) -> None:
-    """Fetch into a folder what lies beside the manifest, as far as it is there and was not read already.
+def _fetch_beside(transfer: Transfer, staging: Staging, signature: bytes | None, on_progress: OnProgress) -> None:
+    """Fetch what lies beside the manifest, as far as it is there; those of our JSON files that do not match their own digest are left out.
 
-    Those of our JSON files that do not match their own digest are left out.
+    A `signature` that was checked is the one that is kept.
     """
-    for name, read in names.items():
+    for name in BESIDE:
         try:
-            content = read or read_small(transfer, transfer.places[0], name, MAX_BESIDE_BYTES)
+            checked = signature if name == SIGNATURE else None
+            content = checked or read_small(transfer, transfer.places[0], name, MAX_BESIDE_BYTES)
             if name in ("run.json", "stats.json"):
                 parse_json(content, Path(name))
-            write_bytes(folder / name, content)
+            write_bytes(staging.folder / name, content)
         except Failure as e:
             if not e.missing:
                 on_progress("warning", 0, 0, f"{name}, which lies beside the manifest, did not come: it {e.reason}")

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -114,14 +113,6 @@ def redacted(url: str) -> str:
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme else url.partition("?")[0]
     except ValueError:
         return "a URL that cannot be read"
-
-
-def store_name(place: str) -> str:
-    """Return the name of a store at an address, or in a folder, as a folder or a run may have it."""
-    if "://" not in place:
-        return Path(place).resolve().name
-    last = redacted(place).rstrip("/").rpartition("/")[2].partition("@")[0]
-    return re.sub(r"[^\w.-]", "-", last).strip(".") or "store"
 
 
 def without_secrets(text: str) -> str:
