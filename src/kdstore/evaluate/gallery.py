@@ -19,7 +19,7 @@ import torch
 from kdstore.config import config_digest
 from kdstore.data.source import Caption, Source, UndecodableImage
 from kdstore.data.sources import open_source
-from kdstore.errors import ConfigError, EvaluationError, IdentityMismatch
+from kdstore.errors import EvaluationError, IdentityMismatch
 from kdstore.evaluate.results import model_record
 from kdstore.jsonfile import digest_of
 from kdstore.models.encode import encode_image, encode_text, in_batches
@@ -61,12 +61,6 @@ def open_model(model: str | None, pretrained: str | None, device: str, precision
     if loaded.name.notice:
         on_progress("notice", 0, 0, loaded.name.notice)
     return loaded
-
-
-def check_subject(model: str | None, cache: str | None) -> None:
-    """Raise ConfigError unless a model or a store is named."""
-    if model is None and cache is None:
-        raise ConfigError("--model or --cache is needed.", "Name a model, or the store of a teacher's features.")
 
 
 def subject_record(subject: Model | Store) -> dict[str, Any]:

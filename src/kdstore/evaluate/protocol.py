@@ -1,4 +1,4 @@
-"""The settings of the VQA protocol: the same for every model that is compared."""
+"""The settings of the VQA and retrieval protocols, the same for every model that is compared; apart from the code that uses them, which imports torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from kdstore.config import check_at_least_one
-from kdstore.errors import ConfigError
+from kdstore.errors import ConfigError, UnknownName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,35 @@ class VqaConfig:
         return int(self.mode.removeprefix("head+last-")) if self.mode.startswith("head") else 0 if self.mode == "frozen" else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """What is evaluated on which pairs."""
+
+    model: str | None = None
+    pretrained: str | None = None
+    cache: str | None = None  # a store whose embeddings are scored, without a model
+    data: str | None = None  # None: the captions of the store; without a store, scenes
+    index: str = "exact"  # or lists: approximate, for large sets
+    probes: int = 32  # of about 4 sqrt(candidates) lists, how many a query looks at
+    index_sample: int = 1000  # queries of either direction that are searched exactly too, to say what lists miss
+    device: str = "auto"
+    precision: str = "fp32"
+    encode_batch: int = 256
+    out: str | None = None  # result file
+
+    def __post_init__(self) -> None:
+        check_subject(self.model, self.cache)
+        if self.index not in INDEXES:
+            raise UnknownName.of("index", self.index, INDEXES)
+        check_at_least_one(self, "encode_batch", "probes", "index_sample")
+
+
+def check_subject(model: str | None, cache: str | None) -> None:
+    """Raise ConfigError unless a model or a store is named."""
+    if model is None and cache is None:
+        raise ConfigError("--model or --cache is needed.", "Name a model, or the store of a teacher's features.")
+
+
 def parse_seeds(text: str | None) -> tuple[int, ...] | None:
     """Read `0,1,2`; raises ConfigError."""
     try:
@@ -125,6 +154,8 @@ QUESTION_ENCODERS = ("scratch", "own-text-tower")
 """`scratch`: words learned from the training questions, the same for all models. `own-text-tower`: the frozen states of the model's own text
 tower, a second protocol, since it mixes what image and text towers know."""
 
+INDEXES = ("exact", "lists")
+RETRIEVAL_DATA = "scenes/retrieval:1000"
 LOOKUPS = ("normalised", "raw")
 LEAKS = ("report", "refuse")
 

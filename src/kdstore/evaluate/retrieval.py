@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdstore.config import as_dict, check_at_least_one
+from kdstore.config import as_dict
 from kdstore.data.source import PROBE
-from kdstore.errors import UnknownName
 from kdstore.evaluate.gallery import (
     Array,
     Gallery,
     Images,
-    check_subject,
     data_record,
     open_gallery,
     open_model,
@@ -31,37 +29,12 @@ from kdstore.evaluate.gallery import (
     usable_images,
 )
 from kdstore.evaluate.outcomes import Outcomes, Run
+from kdstore.evaluate.protocol import RETRIEVAL_DATA, RetrievalConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.metrics.neighbours import exact_search, list_search, share_found
 from kdstore.metrics.retrieval import KS, hits_of_ranking, nearest_both_ways, recall_ceiling, recall_of_hits
 from kdstore.metrics.unit import unit_rows
 from kdstore.progress import OnProgress, silent
-
-INDEXES = ("exact", "lists")
-DATA = "scenes/retrieval:1000"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalConfig:
-    """What is evaluated on which pairs."""
-
-    model: str | None = None
-    pretrained: str | None = None
-    cache: str | None = None  # a store whose embeddings are scored, without a model
-    data: str | None = None  # None: the captions of the store; without a store, scenes
-    index: str = "exact"  # or lists: approximate, for large sets
-    probes: int = 32  # of about 4 sqrt(candidates) lists, how many a query looks at
-    index_sample: int = 1000  # queries of either direction that are searched exactly too, to say what lists miss
-    device: str = "auto"
-    precision: str = "fp32"
-    encode_batch: int = 256
-    out: str | None = None  # result file
-
-    def __post_init__(self) -> None:
-        check_subject(self.model, self.cache)
-        if self.index not in INDEXES:
-            raise UnknownName.of("index", self.index, INDEXES)
-        check_at_least_one(self, "encode_batch", "probes", "index_sample")
 
 
 @dataclass(frozen=True)
@@ -79,7 +52,7 @@ def evaluate_retrieval(config: RetrievalConfig, *, on_progress: OnProgress = sil
     """Measure recall at 1, 5 and 10 in both directions; writes the result file if one is named."""
     check_out(config.out)
     started = time.perf_counter()
-    data = config.data or (None if config.cache else DATA)
+    data = config.data or (None if config.cache else RETRIEVAL_DATA)
     model = open_model(config.model, config.pretrained, config.device, config.precision, on_progress)
     subject, gallery = open_gallery(model, config.cache, data, config.encode_batch, on_progress)
     pairs = _embed_pairs(gallery)

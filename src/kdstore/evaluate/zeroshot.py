@@ -20,8 +20,9 @@ from kdstore.config import as_dict, check_at_least_one
 from kdstore.data.source import PROBE
 from kdstore.errors import ConfigError
 from kdstore.evaluate.classes import Labels, class_names, constant_scores, filled, hits_of_ranks, number_labels, templates
-from kdstore.evaluate.gallery import Array, check_subject, data_record, open_gallery, open_model, protocol_digest, subject_record, usable_images
+from kdstore.evaluate.gallery import Array, data_record, open_gallery, open_model, protocol_digest, subject_record, usable_images
 from kdstore.evaluate.outcomes import Outcomes
+from kdstore.evaluate.protocol import check_subject
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.jsonfile import digest_of
 from kdstore.metrics.classification import classification_scores, mean_average_precision, truth_ranks
