@@ -49,6 +49,7 @@ class DistillConfig:
     cache_weights: tuple[float, ...] = ()  # of each store's teacher in every term; default: 1 each
     teacher_temperature: str | float | tuple[float, ...] = "own"  # scale of their softmax logits: own, a number, one each, or "entropy:NATS" to match
     sigmoid_teacher: str = "refuse"  # softmax terms of teachers trained with a sigmoid; allow, or split: each term its own kind of teachers
+    permute_targets: int | None = None  # seed by which image and text targets are permuted, apart from each other: a control (docs/training.md)
     token_standard: str = "channel"  # how teachers' tokens are brought to one scale: channel (mean and variance), phi-s (docs/losses.md)
     projector: str = "auto"  # auto: where the widths differ; always: for comparisons across teachers
     views: str = "auto"  # stored: the augmented ones too, drawn again (docs/views.md); plain; auto: what the store has; unmatched: docs/sharing.md
@@ -80,6 +81,8 @@ class DistillConfig:
         if self.text_tower == "frozen" and self.projector == "always":
             found = "A student with the teacher's frozen text tower is in the teacher's space, where projector=always has nothing to project to."
             raise ConfigError(found, "Leave projector at auto.")
+        if self.permute_targets is not None and (self.text_tower == "frozen" or not (self.cache or self.teacher)):
+            raise ConfigError("permute_targets permutes what a teacher says, and here it says nothing, or is the student's text tower.", "Leave it out.")
         if self.samples is not None and self.epochs is not None:
             raise ConfigError(f"Both samples ({self.samples}) and epochs ({self.epochs}) are given.", "Give one of them.")
         if self.samples is not None and self.samples < self.batch_size:
@@ -122,7 +125,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr", "weight_decay", "grad_clip", "memory_gib"), (0, 1e9)),
     **dict.fromkeys(("beta1", "beta2", "warmup", "ema"), (0, 1)),
     **dict.fromkeys(("eps", "cache_weights", "teacher_temperature"), (1e-30, 1e9)),
-    "seed": (0, 2**63),
+    **dict.fromkeys(("seed", "permute_targets"), (0, 2**63)),
 }
 
 MACHINE = (

@@ -34,6 +34,7 @@ from kdstore.distill.objective import Objective, Teacher
 from kdstore.distill.online import OnlineTargets, online_targets
 from kdstore.distill.optimiser import choose_precision
 from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_stores, sides_of
+from kdstore.distill.permuted import permute_targets
 from kdstore.distill.runfolder import AVERAGE, RUN, begin_run, load_checkpoint, read_checkpoint, run_state
 from kdstore.distill.targets import StoreTargets, Targets, check_views, open_stores, views_to_show
 from kdstore.distill.teachers import check_loss, describe_teachers, match_temperatures
@@ -117,6 +118,8 @@ def _distill(
     with world.together():
         pairs = _pairs(config, stores, source, needs, len(taught), on_progress)
         check_views(stored, pairs)
+        if config.permute_targets is not None:
+            taught = permute_targets(taught, pairs, config.permute_targets)
         share = Share.of(config.batch_size, world, config.micro_batch)
         plan = BatchPlan(len(pairs), config.batch_size, config.seed, share)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -30,9 +30,8 @@ from kdstore.store.layout import ArraySpec
 
 Int64 = npt.NDArray[np.int64]
 
-ORDER, CAPTION, BLOCKS, SHORT, WINDOW, VIEW, DROPOUT, DROP = range(
-    1, 9
-)  # what a hash is drawn for; by distillation: captions, views, dropout, left-out teachers
+ORDER, CAPTION, BLOCKS, SHORT, WINDOW, VIEW, DROPOUT, DROP, TARGET = range(1, 10)
+"""What a hash is drawn for; by distillation: captions, views, dropout, left-out teachers, permuted targets."""
 SORTED_ROWS = 1 << 22  # a permutation of 32 MiB
 ROUNDS = 12
 
