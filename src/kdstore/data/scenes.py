@@ -16,7 +16,7 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -90,7 +90,7 @@ class Question:
     truth: str
 
 
-class _Dice:
+class Dice:
     """Draws that depend on `random.Random.random()` alone."""
 
     def __init__(self, *seed: object) -> None:
@@ -118,7 +118,7 @@ def make_scene(split: str, index: int, attempt: int = 0) -> Scene:
     """Return scene `index` of a split; other attempts are other scenes for the same index (used to keep captions unique)."""
     if split not in SPLITS:
         raise UnknownName.of("scenes split", split, SPLITS)
-    dice = _Dice("scenes-1", split, index, attempt)
+    dice = Dice("scenes-1", split, index, attempt)
     while True:
         counted, names = _draw_names(dice, fewest=3 if split == "retrieval" else 1)
         if _content_hash(names) % 16 not in SPLITS[split]:
@@ -139,7 +139,7 @@ def _content_hash(names: list[dict[str, str]]) -> int:
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
 
 
-def _draw_names(dice: _Dice, fewest: int) -> tuple[tuple[str, str], list[dict[str, str]]]:
+def _draw_names(dice: Dice, fewest: int) -> tuple[tuple[str, str], list[dict[str, str]]]:
     """Draw a count question whose text cannot tell its answer, and the attributes of objects that give it that answer."""
     attribute = dice.pick(("shape", "color", "fill"))
     counted = dice.pick(ATTRIBUTES[attribute])
@@ -151,7 +151,7 @@ def _draw_names(dice: _Dice, fewest: int) -> tuple[tuple[str, str], list[dict[st
     return (attribute, counted), names
 
 
-def _place(dice: _Dice, names: dict[str, str], placed: list[Thing]) -> Thing | None:
+def _place(dice: Dice, names: dict[str, str], placed: list[Thing]) -> Thing | None:
     radius = dice.uniform(*RADII[names["size"]])
     place = _hue_neighbours(names["color"])
     offset = dice.uniform(-HUE_SPREAD, HUE_SPREAD)
@@ -270,7 +270,7 @@ _CORNERS: dict[str, list[tuple[float, float]]] = {  # (radius, angle in degrees)
 
 def captions(scene: Scene, split: str, index: int) -> tuple[Caption, ...]:
     """Return the captions of a scene from most to least detailed; in the retrieval split only the two that are unique."""
-    dice = _Dice("captions-1", split, index)
+    dice = Dice("captions-1", split, index)
     across, down = sorted(scene.things, key=lambda t: t.x), sorted(scene.things, key=lambda t: t.y)
     full = ("size", "color", "fill", "shape")
     texts = ["left to right: " + ", ".join(t.named(*full) for t in across)]
@@ -278,31 +278,38 @@ def captions(scene: Scene, split: str, index: int) -> tuple[Caption, ...]:
         texts.append("top to bottom: " + ", ".join(t.named(*full) for t in down))
     else:
         texts += [
-            "top to bottom: " + ", ".join(t.named("color", "shape") for t in down),
+            order_caption(down),
             _relation_caption(dice, scene),
-            _count_caption(scene),
-            f"{NUMBER_WORDS[len(scene.things)]} {_plural('object', len(scene.things))}, one is {_a(dice.pick(scene.things).named(*full))}",
+            count_caption(Counter(t.shape for t in scene.things)),
+            f"{NUMBER_WORDS[len(scene.things)]} {plural('object', len(scene.things))}, one is {with_article(dice.pick(scene.things).named(*full))}",
         ]
     return tuple(Caption(text, "synthetic") for text in texts)
 
 
-def _relation_caption(dice: _Dice, scene: Scene) -> str:
+def order_caption(down: Sequence[Thing]) -> str:
+    return "top to bottom: " + ", ".join(t.named("color", "shape") for t in down)
+
+
+def _relation_caption(dice: Dice, scene: Scene) -> str:
     a, b = (dice.shuffled(scene.things) * 2)[:2]
-    words = [word for word, gap in _relations(a, b).items() if gap >= RELATION_GAP]
+    words = [word for word, gap in relations(a, b).items() if gap >= RELATION_GAP]
     link = dice.pick(words) if words else "near"
     if a is b:
-        return f"{_a(a.named('color', 'shape'))} alone"
-    return f"{_a(a.named('color', 'shape'))} {link} {_a(b.named('color', 'shape'))}"
+        return f"{with_article(a.named('color', 'shape'))} alone"
+    return relation_text(a, link, b)
 
 
-def _relations(a: Thing, b: Thing) -> dict[str, float]:
+def relation_text(a: Thing, link: str, b: Thing) -> str:
+    return f"{with_article(a.named('color', 'shape'))} {link} {with_article(b.named('color', 'shape'))}"
+
+
+def relations(a: Thing, b: Thing) -> dict[str, float]:
     """How far, in pixels, each relation of a to b holds (negative where its opposite does)."""
     return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
 
 
-def _count_caption(scene: Scene) -> str:
-    counts = Counter(t.shape for t in scene.things)
-    parts = [f"{NUMBER_WORDS[n]} {_plural(shape, n)}" for shape, n in sorted(counts.items(), key=lambda c: SHAPES.index(c[0]))]
+def count_caption(count_of_shape: Mapping[str, int]) -> str:
+    parts = [f"{NUMBER_WORDS[n]} {plural(shape, n)}" for shape, n in sorted(count_of_shape.items(), key=lambda c: SHAPES.index(c[0]))]
     return " and ".join(parts)
 
 
@@ -313,17 +320,17 @@ LABELS = ("count", "object", *ATTRIBUTES, *(f"leftmost-{attribute}" for attribut
 def labels(scene: Scene, kind: str) -> tuple[str, ...]:
     """Return the labels of a scene, each once; one of them for the count and for what is leftmost."""
     if kind == "count":
-        return (f"{NUMBER_WORDS[len(scene.things)]} {_plural('object', len(scene.things))}",)
+        return (f"{NUMBER_WORDS[len(scene.things)]} {plural('object', len(scene.things))}",)
     things = sorted(scene.things, key=lambda t: t.x)[: 1 if kind.startswith("leftmost-") else None]
     attributes = ("color", "shape") if kind == "object" else (kind.removeprefix("leftmost-"),)
     return tuple(dict.fromkeys(thing.named(*attributes) for thing in things))
 
 
-def _a(words: str) -> str:
+def with_article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def _plural(noun: str, n: int) -> str:
+def plural(noun: str, n: int) -> str:
     return noun if n == 1 else f"{noun}es" if noun == "cross" else f"{noun}s"
 
 
@@ -333,7 +340,7 @@ def _plural(noun: str, n: int) -> str:
 def questions(split: str, index: int, scene: Scene | None = None) -> tuple[Question, ...]:
     """Return the questions of a scene, at most one of each type; ten annotators answer, who disagree where hues overlap or by slips."""
     scene = scene or make_scene(split, index)
-    dice = _Dice("questions-1", split, index)
+    dice = Dice("questions-1", split, index)
     asked = []
     for slot, (kind, ask) in enumerate(_ASK.items()):
         found = ask(dice, scene)
@@ -349,20 +356,20 @@ def questions(split: str, index: int, scene: Scene | None = None) -> tuple[Quest
 _Asked = tuple[str, str, str, int]  # question, truth, what dissenting annotators say, how many of ten dissent
 
 
-def _slip(dice: _Dice) -> int:
+def _slip(dice: Dice) -> int:
     return int(dice.chance(0.15))
 
 
-def _yes_no(dice: _Dice, text: str, yes: bool) -> _Asked:
+def _yes_no(dice: Dice, text: str, yes: bool) -> _Asked:
     return text, "yes" if yes else "no", "no" if yes else "yes", _slip(dice)
 
 
-def _unique(things: Sequence[Thing], *attributes: str) -> list[Thing]:
+def unique(things: Sequence[Thing], *attributes: str) -> list[Thing]:
     counts = Counter(t.named(*attributes) for t in things)
     return [t for t in things if counts[t.named(*attributes)] == 1]
 
 
-def _ask_exist(dice: _Dice, scene: Scene) -> _Asked | None:
+def _ask_exist(dice: Dice, scene: Scene) -> _Asked | None:
     """Absent pairs take the colour of one object and the shape of another, so that knowing both apart is no help."""
     present = {(t.color, t.shape) for t in scene.things}
     mixed = sorted({(a.color, b.shape) for a in scene.things for b in scene.things} - present)
@@ -370,21 +377,21 @@ def _ask_exist(dice: _Dice, scene: Scene) -> _Asked | None:
     if not mixed and not yes:
         mixed = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in present]
     color, shape = dice.pick(sorted(present) if yes else mixed)
-    return _yes_no(dice, f"is there {_a(color)} {shape}?", yes)
+    return _yes_no(dice, f"is there {with_article(color)} {shape}?", yes)
 
 
-def _ask_count(dice: _Dice, scene: Scene) -> _Asked | None:
+def _ask_count(dice: Dice, scene: Scene) -> _Asked | None:
     attribute, value = scene.counted
     truth = sum(getattr(t, attribute) == value for t in scene.things)
-    noun = _plural(value, 2) if attribute == "shape" else f"{value} objects"
+    noun = plural(value, 2) if attribute == "shape" else f"{value} objects"
     other = min(max(truth + dice.pick((-1, 1)), 1), MOST_THINGS)
     return f"how many {noun} are there?", str(truth), str(other), _slip(dice)
 
 
-def _ask_query(dice: _Dice, scene: Scene, asked: str, given: str) -> tuple[str, Thing] | None:
+def _ask_query(dice: Dice, scene: Scene, asked: str, given: str) -> tuple[str, Thing] | None:
     """Refer to one object by `given`, with its size or fill where that alone is not unique."""
     for extra in ((), dice.pick((("size",), ("fill",)))):
-        targets = _unique(scene.things, *extra, given)
+        targets = unique(scene.things, *extra, given)
         if targets:
             target = dice.pick(targets)
             noun = target.named(*extra, given) + ("" if given == "shape" else " object")
@@ -392,7 +399,7 @@ def _ask_query(dice: _Dice, scene: Scene, asked: str, given: str) -> tuple[str, 
     return None
 
 
-def _ask_color(dice: _Dice, scene: Scene) -> _Asked | None:
+def _ask_color(dice: Dice, scene: Scene) -> _Asked | None:
     found = _ask_query(dice, scene, "color", "shape")
     if found is None:
         return None
@@ -404,7 +411,7 @@ def _ask_color(dice: _Dice, scene: Scene) -> _Asked | None:
     return text, target.color, neighbour, 0 if toward < 0.35 else 1 if toward < 0.45 else 3
 
 
-def _ask_shape(dice: _Dice, scene: Scene) -> _Asked | None:
+def _ask_shape(dice: Dice, scene: Scene) -> _Asked | None:
     found = _ask_query(dice, scene, "shape", "color")
     if found is None:
         return None
@@ -412,18 +419,18 @@ def _ask_shape(dice: _Dice, scene: Scene) -> _Asked | None:
     return text, target.shape, dice.pick([s for s in SHAPES if s != target.shape]), _slip(dice)
 
 
-def _ask_relation(dice: _Dice, scene: Scene) -> _Asked | None:
-    known = dice.shuffled(_unique(scene.things, "color", "shape"))
+def _ask_relation(dice: Dice, scene: Scene) -> _Asked | None:
+    known = dice.shuffled(unique(scene.things, "color", "shape"))
     for a, b in ((a, b) for a in known for b in known if a is not b):
-        words = [w for w, gap in _relations(a, b).items() if abs(gap) >= RELATION_GAP]
+        words = [w for w, gap in relations(a, b).items() if abs(gap) >= RELATION_GAP]
         if words:
             word = dice.pick(words)
             text = f"is the {a.named('color', 'shape')} {word} the {b.named('color', 'shape')}?"
-            return _yes_no(dice, text, _relations(a, b)[word] > 0)
+            return _yes_no(dice, text, relations(a, b)[word] > 0)
     return None
 
 
-def _ask_compare(dice: _Dice, scene: Scene) -> _Asked | None:
+def _ask_compare(dice: Dice, scene: Scene) -> _Asked | None:
     """Compare two counts, or the sizes of two objects; the order of the two is drawn, so that either answer is as likely."""
     comparisons = []
     for attribute in ("shape", "color"):
@@ -431,9 +438,9 @@ def _ask_compare(dice: _Dice, scene: Scene) -> _Asked | None:
         pairs = [(a, b) for a in sorted(counts) for b in sorted(counts) if counts[a] != counts[b]]
         if pairs:
             a, b = dice.pick(pairs)
-            names = [_plural(v, 2) if attribute == "shape" else f"{v} objects" for v in (a, b)]
+            names = [plural(v, 2) if attribute == "shape" else f"{v} objects" for v in (a, b)]
             comparisons.append((f"are there more {names[0]} than {names[1]}?", counts[a] > counts[b]))
-    known = _unique(scene.things, "color", "shape")
+    known = unique(scene.things, "color", "shape")
     sized = [(a, b) for a in known for b in known if a.size != b.size]
     if sized:
         x, y = dice.pick(sized)
@@ -441,7 +448,7 @@ def _ask_compare(dice: _Dice, scene: Scene) -> _Asked | None:
     return _yes_no(dice, *dice.pick(comparisons)) if comparisons else None
 
 
-_ASK: dict[str, Callable[[_Dice, Scene], _Asked | None]] = dict(
+_ASK: dict[str, Callable[[Dice, Scene], _Asked | None]] = dict(
     zip(QUESTION_TYPES, (_ask_exist, _ask_count, _ask_color, _ask_shape, _ask_relation, _ask_compare), strict=True)
 )
 

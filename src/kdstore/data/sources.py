@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
-from kdstore.data import classfolders, coco, tables, tars
+from kdstore.data import classfolders, coco, swaps, tables, tars
 from kdstore.data.folder import PREFIX, open_folder
 from kdstore.data.scenes import SPLITS, Scenes
 from kdstore.data.source import PROBE, Source
@@ -33,14 +33,15 @@ def open_source(spec: str, *, on_progress: OnProgress = silent) -> Source:
 
 
 def _open_scenes(name: str, options: dict[str, str]) -> Source:
-    _spec(name, options, (PROBE,))
+    _spec(name, options, (PROBE, swaps.OPTION))
     world, _, size = name.partition(":")
     split = world.partition("/")[2] or "train"
     if split not in SPLITS:
         raise UnknownName.of("scenes split", split, SPLITS)
     if size and not size.isdigit():
         raise SourceError(f"'{size}' in {name} is not a number of scenes.", "Write scenes:N or scenes/SPLIT:N.")
-    return Scenes(split, int(size) if size else None, options.get(PROBE))
+    scenes = Scenes(split, int(size) if size else None, options.get(PROBE))
+    return swaps.SwappedScenes(scenes, options[swaps.OPTION].split(",")) if swaps.OPTION in options else scenes
 
 
 def _open_hub(name: str, options: dict[str, str]) -> Source:
