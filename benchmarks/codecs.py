@@ -17,8 +17,9 @@ from typing import Any
 
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.train import distill
+from kdstore.evaluate.protocol import RetrievalConfig
 from kdstore.evaluate.results import read_result
-from kdstore.evaluate.retrieval import RetrievalConfig, evaluate_retrieval
+from kdstore.evaluate.retrieval import evaluate_retrieval
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 
 from kdstore.data.source import PROBE
 from kdstore.data.sources import open_source
-from kdstore.evaluate.retrieval import RetrievalConfig, evaluate_retrieval
-from kdstore.evaluate.zeroshot import ZeroshotConfig, evaluate_zeroshot
+from kdstore.evaluate.protocol import RetrievalConfig, ZeroshotConfig
+from kdstore.evaluate.retrieval import evaluate_retrieval
+from kdstore.evaluate.zeroshot import evaluate_zeroshot
 from kdstore.models.load import Model, load_model
 
 BATCH = 100

@@ -23,7 +23,8 @@ from kdstore.demo.run import Scored, half_width, kept_result, place_of
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.train import distill
 from kdstore.errors import ConfigError, KdstoreError, RunError
-from kdstore.evaluate.retrieval import RetrievalConfig, evaluate_retrieval
+from kdstore.evaluate.protocol import RetrievalConfig
+from kdstore.evaluate.retrieval import evaluate_retrieval
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.jsonfile import read_json

@@ -20,6 +20,7 @@ def test_arrows_point_down():
         ("kdstore.store", {"torch", "open_clip"}),
         ("kdstore.metrics.vqa", {"torch", "zarr", "open_clip"}),
         ("kdstore.config", {"torch", "zarr", "numpy"}),
+        ("kdstore.evaluate.protocol, kdstore.evaluate.score, kdstore.evaluate.compare", {"torch", "zarr", "open_clip"}),
     ],
 )
 def test_a_layer_loads_nothing_from_above(module, absent):

@@ -15,6 +15,7 @@ from kdstore.evaluate.protocol import VqaConfig
 from kdstore.evaluate.vqa import VqaResult, evaluate_vqa
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
+from kdstore.store import open_store
 
 
 def stored(out: Path, data: str, **settings: Any) -> str:
@@ -45,6 +46,9 @@ def test_frozen_features_of_a_store_are_the_live_ones(settings: dict[str, Any], 
     assert cached.content["config_digest"] == live.content["config_digest"]
     assert cached.content["model"]["identity"]["teacher"]["weights_sha256"] == live.content["model"]["identity"]["teacher"]["weights_sha256"]
     assert len(cached.content["model"]["stores"]) == 2
+    (held,) = cached.content["model"]["arrays"].items()
+    assert held == (array := "image/embedding" if settings.get("head") == "pooled" else "image/tokens", open_store(stores[0]).identity["arrays"][array])
+    assert {"layer", "views"} <= held[1].keys()
 
 
 def test_images_that_no_store_holds_are_counted_with_the_command_that_extracts_them(stores: tuple[str, ...]) -> None:

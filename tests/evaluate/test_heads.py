@@ -17,7 +17,7 @@ from kdstore.evaluate.features import kept_images, on_grid, without_image
 from kdstore.evaluate.fit import Lessons, answer_questions, build_head, fit_head, held_out_accuracy
 from kdstore.evaluate.heads import HEADS, MAX_WORDS, PackedQuestions, head_parameters, token_places
 from kdstore.evaluate.packing import QUESTIONS_PER_ROW, pack_questions, packed_batch
-from kdstore.evaluate.protocol import VqaConfig
+from kdstore.evaluate.protocol import READS, VqaConfig
 
 CPU = torch.device("cpu")
 QUESTIONS = [[3, 4, 5], [6], [3, 7, 8, 9, 4], [5, 5], [], [9, 8, 7]]
@@ -31,7 +31,7 @@ def make_head(kind: str, image_width: int = 20, states: torch.Tensor | None = No
 
 
 def make_images(kind: str, seed: int = 0, num_images: int = 3, width: int = 20) -> np.ndarray:
-    tokens = 1 if HEADS[kind].reads == "embedding" else 9
+    tokens = 1 if READS[kind] == "embedding" else 9
     return np.random.default_rng(seed).normal(size=(num_images, tokens, width)).astype(np.float16)
 
 
@@ -183,6 +183,13 @@ def test_a_loss_that_is_not_finite_ends_training_with_its_step() -> None:
     image[3] = np.nan
     lessons = Lessons(kept_images(image), pack_questions([[3]] * 8, [(i,) for i in range(8)]), [{0: 1.0}] * 8)
     with pytest.raises(EvaluationError, match=r"The loss of model is nan at step \d+\."):
+        fit_head(nn.ModuleDict({"head": make_head("pooled")}), lessons, config, 0, CPU, stage="model")
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_no_result() -> None:
+    config = VqaConfig(model="x", head="pooled", width=16, attention_heads=2, epochs=1, batch_images=8, learning_rate=1e300)
+    lessons = Lessons(kept_images(make_images("pooled", num_images=8)), pack_questions([[3]] * 8, [(i,) for i in range(8)]), [{0: 1.0}] * 8)
+    with pytest.raises(EvaluationError, match=r"The weights of model are not finite at step 1 \(first: head\."):
         fit_head(nn.ModuleDict({"head": make_head("pooled")}), lessons, config, 0, CPU, stage="model")
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from kdstore.data.sources import open_source
 from kdstore.errors import ConfigError
 from kdstore.evaluate.outcomes import read_outcomes
+from kdstore.evaluate.protocol import RetrievalConfig
 from kdstore.evaluate.results import read_result
-from kdstore.evaluate.retrieval import RetrievalConfig, evaluate_retrieval
+from kdstore.evaluate.retrieval import evaluate_retrieval
 from kdstore.evaluate.tables import markdown_table
 from kdstore.metrics.retrieval import retrieval_recall
 from kdstore.models.encode import encode_image, encode_text

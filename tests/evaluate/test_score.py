@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from kdstore.cli import app
 from kdstore.errors import EvaluationError, UnknownName
-from kdstore.evaluate.datasets import VqaSplit, open_vqa, read_predictions
+from kdstore.evaluate.datasets import VQA_DATASETS, VqaSplit, open_vqa, read_predictions, scored_split
 from kdstore.evaluate.datasets.submission import CSV, OBJECT
 from kdstore.evaluate.leaks import check_leaks, find_leaks
 from kdstore.evaluate.outcomes import read_outcomes
-from kdstore.evaluate.protocol import VqaConfig
+from kdstore.evaluate.protocol import ScoreConfig, VqaConfig
 from kdstore.evaluate.results import read_result
-from kdstore.evaluate.score import ScoreConfig, evaluate_score
+from kdstore.evaluate.score import evaluate_score
 from kdstore.evaluate.vqa import evaluate_vqa
 
 ANSWERS = (["red"] * 9 + ["blue"], ["2"] * 10, ["a cat"] * 5 + ["cat"] * 5)
@@ -54,6 +54,17 @@ def folder(tmp_path: Path) -> Path:
 def predicted(folder: Path, content: Any, **settings: Any) -> ScoreConfig:
     (folder / "mine.json").write_text(content if isinstance(content, str) else json.dumps(content))
     return ScoreConfig(dataset="jsonl", folder=str(folder), predictions=str(folder / "mine.json"), **settings)
+
+
+@pytest.mark.parametrize("name", VQA_DATASETS)
+def test_a_data_set_has_the_split_that_is_scored_where_none_is_named(name: str, tmp_path: Path) -> None:
+    """Whatever is missing in an empty folder, it is not the split."""
+    if name == "scenes":
+        assert open_vqa(name, scored_split(name), num_images=2).answered
+        return
+    with pytest.raises(EvaluationError, match=scored_split(name)) as missing:
+        open_vqa(name, scored_split(name), folder=tmp_path)
+    assert "has no split" not in str(missing.value)
 
 
 GIVEN = [{"question_id": 1, "answer": "Red"}, {"question_id": 2, "answer": "two"}, {"question_id": 3, "answer": "cat"}]
@@ -139,7 +150,7 @@ def test_images_in_two_splits_are_found_by_name_and_by_content(tmp_path: Path) -
     assert said == [f"2 images of jsonl/leaky (2 questions) are in jsonl/train too, first {names[0][0]} as {names[0][1]}."]
     with pytest.raises(EvaluationError, match="2 images of jsonl/leaky"):
         check_leaks(train, leaky, "refuse")
-    refusing = VqaConfig(model="scenes-T", dataset="jsonl", folder=str(tmp_path), eval_split="leaky", leaks="refuse")
+    refusing = VqaConfig(model="scenes-S", dataset="jsonl", folder=str(tmp_path), eval_split="leaky", leaks="refuse")
     with pytest.raises(EvaluationError, match="2 images of jsonl/leaky"):
         evaluate_vqa(refusing)
     assert check_leaks(train, clean, "refuse")["images"] == 0

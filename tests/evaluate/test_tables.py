@@ -65,6 +65,13 @@ def test_csv_keeps_every_digit_and_where_it_comes_from() -> None:
     assert rows[0] | {"weights": "w-a", "stores": "sha256:store", "result": "sha256:a", "kdstore": "0.1"} == rows[0]
 
 
+def test_a_name_that_a_spreadsheet_would_run_is_a_text_in_csv_and_a_number_stays_one() -> None:
+    bad = [result(f"{sign}1+1", {"-x": score(-1.5, -2, 0)}, data={"evaluated": {"name": "@SUM(A1)"}}) for sign in "=+-@\t"]
+    rows = list(csv.DictReader(io.StringIO(csv_table(bad))))
+    assert [row["model"] for row in rows] == [f"'{sign}1+1" for sign in "=+-@\t"]
+    assert {(row["data"], row["'-x"], row["'-x low"]) for row in rows} == {("'@SUM(A1)", "-1.5", "-2")}
+
+
 def test_a_result_of_an_older_form_has_a_mean_over_its_rows_and_no_interval() -> None:
     old = result("old", {})
     del old["summary"]

@@ -17,14 +17,15 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from kdstore.data.sources import open_source
 from kdstore.errors import ConfigError, EvaluationError, IdentityMismatch, UnknownName
-from kdstore.evaluate.agreement import AgreementConfig, evaluate_agreement
+from kdstore.evaluate.agreement import evaluate_agreement
 from kdstore.evaluate.classes import filled, number_labels, templates
 from kdstore.evaluate.gallery import gallery_of_source, usable_images
 from kdstore.evaluate.outcomes import read_outcomes
-from kdstore.evaluate.probe import ProbeConfig, evaluate_probe
+from kdstore.evaluate.probe import evaluate_probe
+from kdstore.evaluate.protocol import AgreementConfig, ProbeConfig, RetrievalConfig, ZeroshotConfig
 from kdstore.evaluate.results import read_result
-from kdstore.evaluate.retrieval import RetrievalConfig, evaluate_retrieval
-from kdstore.evaluate.zeroshot import ZeroshotConfig, evaluate_zeroshot
+from kdstore.evaluate.retrieval import evaluate_retrieval
+from kdstore.evaluate.zeroshot import evaluate_zeroshot
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract
 from kdstore.models.encode import encode_image, encode_text

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from kdstore.errors import ConfigError, DiskFull, EvaluationError, UnknownName
+from kdstore.errors import ConfigError, DiskFull, EvaluationError, StoreError, UnknownName
 from kdstore.evaluate import features, task
 from kdstore.evaluate.datasets import VQA_DATASETS, open_vqa, read_predictions
 from kdstore.evaluate.datasets.form import VqaSplit
@@ -272,9 +272,16 @@ def test_the_summary_has_an_interval_around_every_score_and_the_table_shows_it(r
 
 
 def test_wrong_settings_get_one_clear_line_before_any_work(model_folder: Path, tmp_path: Path) -> None:
-    for field, name in (("dataset", "scene"), ("head", "coatention"), ("metric_version", "2020")):
+    for field, name in (("dataset", "scene"), ("head", "coatention")):
         with pytest.raises(UnknownName, match=name):
-            evaluate_vqa(small(model_folder, **{field: name}))
+            small(model_folder, **{field: name})
+    with pytest.raises(UnknownName, match="2020"):
+        evaluate_vqa(small(model_folder, metric_version="2020"))
+    said: list[str] = []
+    for named, error in (({"model": "none"}, UnknownName), ({"features": "none"}, StoreError)):
+        with pytest.raises(error, match="none"):
+            evaluate_vqa(VqaConfig(**named), on_progress=lambda *told: said.append(str(told)))  # type: ignore[arg-type]
+    assert not said  # no question was read
     with pytest.raises(ConfigError, match="is a folder"):
         evaluate_vqa(small(model_folder, out=str(tmp_path)))
     for settings in (

@@ -22,6 +22,7 @@ from safetensors.torch import save
 
 from kdstore.data.source import Caption
 from kdstore.errors import JoinError, SourceError, UnknownName
+from kdstore.evaluate.results import augmented_notice
 from kdstore.extract.torchfile import read_tensors
 from kdstore.store import open_store, verify_store
 from kdstore.store.importing import IMPORTS, ImportConfig, import_store
@@ -148,6 +149,8 @@ def test_captions_of_datacompdr_have_the_embeddings_that_its_authors_read_for_th
     assert store.keys()[5] == "uid5"
     assert store.image_sha256()[5] == f"{5:064x}"
     assert store.identity["arrays"]["image/embedding"]["views"] == ["augmented"]
+    assert "is of augmented views (mean of" in augmented_notice(store, "image/embedding")
+    assert not augmented_notice(store, "text/embedding")
     imported(tmp_path / "theirs", tmp_path / "second", "datacompdr", augmentation="1", key="name")
     second = open_store(tmp_path / "second")
     np.testing.assert_allclose(second.gather("image/embedding", np.arange(IMAGES)), image[:, 1], **near)

@@ -53,7 +53,7 @@ def evaluate_vqa(
 def evaluate_score(
     dataset: Annotated[str | None, typer.Option(help="See 'kdstore list vqa', or hf:ORG/NAME.")] = None,
     folder: Annotated[str | None, typer.Option("--data-dir", help="Folder of the data set's files.")] = None,
-    split: Annotated[str | None, typer.Option(help="Whose answers are public.")] = None,
+    split: Annotated[str | None, typer.Option(help="Whose answers are public; default: val, or what the data set has in its place.")] = None,
     predictions: Annotated[str | None, typer.Option(help="File as the data set's own evaluator takes it.")] = None,
     metric: Annotated[str | None, typer.Option(help="Another metric than the data set's own.")] = None,
     metric_version: Annotated[str | None, typer.Option(help="Another behaviour of it than the default.")] = None,
@@ -63,10 +63,12 @@ def evaluate_score(
     as_json: Json = False,
 ) -> None:
     """Score a file of predictions by the data set's metric; no model is needed."""
-    from kdstore.evaluate import score
+    from kdstore.evaluate.protocol import ScoreConfig
 
     options = {"dataset": dataset, "folder": folder, "split": split, "predictions": predictions, "metric": metric, "metric_version": metric_version, "out": out}
-    config = config_of(score.ScoreConfig, "score", recipe, settings, options)
+    config = config_of(ScoreConfig, "score", recipe, settings, options)
+    from kdstore.evaluate import score
+
     with bars() as on_progress:
         content = score.evaluate_score(config, on_progress=on_progress)
     _show_table(content, as_json)
@@ -87,10 +89,12 @@ def evaluate_zeroshot(
     as_json: Json = False,
 ) -> None:
     """Classify images by the names of their classes in templates: acc1, acc5, mean recall per class, or the mean average precision of several labels."""
-    from kdstore.evaluate import zeroshot
+    from kdstore.evaluate.protocol import ZeroshotConfig
 
     options = {"model": model, "pretrained": pretrained, "cache": cache, "data": data, "classnames": classnames, "templates": templates}
-    config = config_of(zeroshot.ZeroshotConfig, "zeroshot", recipe, settings, options | {"out": out, "device": device})
+    config = config_of(ZeroshotConfig, "zeroshot", recipe, settings, options | {"out": out, "device": device})
+    from kdstore.evaluate import zeroshot
+
     with bars() as on_progress:
         result = zeroshot.evaluate_zeroshot(config, on_progress=on_progress)
     _show_table(result.content, as_json)
@@ -110,10 +114,12 @@ def evaluate_retrieval(
     as_json: Json = False,
 ) -> None:
     """Measure recall at 1, 5 and 10 of images by their captions and back, beside what repeated captions allow."""
-    from kdstore.evaluate import retrieval
+    from kdstore.evaluate.protocol import RetrievalConfig
 
     options = {"model": model, "pretrained": pretrained, "cache": cache, "data": data, "index": index, "out": out, "device": device}
-    config = config_of(retrieval.RetrievalConfig, "retrieval", recipe, settings, options)
+    config = config_of(RetrievalConfig, "retrieval", recipe, settings, options)
+    from kdstore.evaluate import retrieval
+
     with bars() as on_progress:
         result = retrieval.evaluate_retrieval(config, on_progress=on_progress)
     _show_table(result.content, as_json)
@@ -137,11 +143,13 @@ def evaluate_probe(
     as_json: Json = False,
 ) -> None:
     """Train a linear probe and let the nearest neighbours vote, on frozen image embeddings."""
-    from kdstore.evaluate import probe
+    from kdstore.evaluate.protocol import ProbeConfig
 
     options: dict[str, Any] = {"model": model, "pretrained": pretrained, "train_data": train_data, "data": data, "train_cache": train_cache, "cache": cache}
     options |= {"classnames": classnames, "neighbours": neighbours, "out": out, "seed": seed, "device": device}
-    config = config_of(probe.ProbeConfig, "probe", recipe, settings, options)
+    config = config_of(ProbeConfig, "probe", recipe, settings, options)
+    from kdstore.evaluate import probe
+
     with bars() as on_progress:
         result = probe.evaluate_probe(config, on_progress=on_progress)
     _show_table(result.content, as_json)
@@ -161,10 +169,12 @@ def evaluate_agreement(
     as_json: Json = False,
 ) -> None:
     """Compare a student with its teacher: --model RUN --cache STORE, two models or two stores (docs/evaluation.md has the measures)."""
-    from kdstore.evaluate import agreement
+    from kdstore.evaluate.protocol import AgreementConfig
 
     options = {"model": model or None, "cache": cache or None, "data": data, "samples": samples, "out": out, "seed": seed, "device": device}
-    config = config_of(agreement.AgreementConfig, "agreement", recipe, settings, options)
+    config = config_of(AgreementConfig, "agreement", recipe, settings, options)
+    from kdstore.evaluate import agreement
+
     with bars() as on_progress:
         result = agreement.evaluate_agreement(config, on_progress=on_progress)
     show(result.content, as_json, text=agreement.measures_as_text(result.rows))

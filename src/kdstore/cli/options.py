@@ -25,11 +25,11 @@ STAGES = {  # where the settings of each are, imported when asked for
     "extract": "kdstore.extract.config:ExtractConfig",
     "distill": "kdstore.distill.config:DistillConfig",
     "vqa": "kdstore.evaluate.protocol:VqaConfig",
-    "score": "kdstore.evaluate.score:ScoreConfig",
-    "zeroshot": "kdstore.evaluate.zeroshot:ZeroshotConfig",
+    "score": "kdstore.evaluate.protocol:ScoreConfig",
+    "zeroshot": "kdstore.evaluate.protocol:ZeroshotConfig",
     "retrieval": "kdstore.evaluate.retrieval:RetrievalConfig",
-    "probe": "kdstore.evaluate.probe:ProbeConfig",
-    "agreement": "kdstore.evaluate.agreement:AgreementConfig",
+    "probe": "kdstore.evaluate.protocol:ProbeConfig",
+    "agreement": "kdstore.evaluate.protocol:AgreementConfig",
     "demo": "kdstore.demo.config:DemoConfig",
 }
 

@@ -23,9 +23,9 @@ from kdstore.demo.report import write_report
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.train import distill
 from kdstore.errors import EvaluationError, RunError
-from kdstore.evaluate.protocol import VqaConfig
+from kdstore.evaluate.protocol import RetrievalConfig, VqaConfig
 from kdstore.evaluate.results import read_result
-from kdstore.evaluate.retrieval import RetrievalConfig, evaluate_retrieval
+from kdstore.evaluate.retrieval import evaluate_retrieval
 from kdstore.evaluate.vqa import evaluate_vqa
 from kdstore.extract.config import ExtractConfig
 from kdstore.extract.run import extract

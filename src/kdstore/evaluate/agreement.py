@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from kdstore.config import as_dict, check_at_least_one
+from kdstore.config import as_dict
 from kdstore.data.source import PROBE
 from kdstore.data.sources import open_source
-from kdstore.errors import ConfigError, EvaluationError
+from kdstore.errors import EvaluationError
 from kdstore.evaluate.gallery import Array, Gallery, gallery_of_source, gallery_of_store, open_model, protocol_digest, subject_record
+from kdstore.evaluate.protocol import AgreementConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.jsonfile import digest_of
 from kdstore.metrics.agreement import debiased_linear_cka, mean_cosine, mutual_neighbours, similarity_rank_correlation, top1_agreement
@@ -25,36 +25,6 @@ from kdstore.metrics.geometry import alignment, effective_rank, hubness, modalit
 from kdstore.models.load import Model
 from kdstore.progress import OnProgress, silent
 from kdstore.store import Store, open_store
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgreementConfig:
-    """Which two are compared, the student first: models, then stores; on which images."""
-
-    model: tuple[str, ...] = ()
-    cache: tuple[str, ...] = ()
-    data: str | None = None  # None: what the first store was extracted from
-    samples: int = 2000
-    neighbours: int = 10
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "fp32"
-    encode_batch: int = 256
-    out: str | None = None  # result file
-
-    def __post_init__(self) -> None:
-        if len(self.model) + len(self.cache) != 2:
-            found = f"Agreement is of two models, found {len(self.model)} of --model and {len(self.cache)} of --cache."
-            raise ConfigError(found, "Name the student and its teacher: --model RUN --cache STORE, or two models, or two stores.")
-        if not self.cache and self.data is None:
-            raise ConfigError("--data is needed: the images that both models see.", "Name a source (kdstore list sources).")
-        if not self.model and self.data is not None:
-            raise ConfigError("Two stores are compared on what both hold, but --data was given.", "Leave --data out.")
-        if self.seed < 0:
-            raise ConfigError(f"'seed' must be 0 or more, found {self.seed}.", "Correct --seed.")
-        check_at_least_one(self, "encode_batch")
-        if not 1 <= self.neighbours < self.samples or self.samples < 4:
-            raise ConfigError(f"'samples' must be at least 4 and more than 'neighbours', found {self.samples} and {self.neighbours}.", "Correct them.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +71,7 @@ def evaluate_agreement(config: AgreementConfig, *, on_progress: OnProgress = sil
         "config_digest": protocol_digest(config),
         "seed": config.seed,
         "rows": [{"row": name, "scores": scores} for name, scores in rows.items()],
-        "made": made_record(models[0].device if models else torch.device("cpu"), time.perf_counter() - started),
+        "made": made_record(models[0].device if models else None, time.perf_counter() - started),
     }
     return AgreementResult(rows, write_result(config.out, content))
 

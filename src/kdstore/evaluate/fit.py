@@ -37,6 +37,8 @@ from kdstore.stopping import held_signals
 LOOK_EVERY = 20
 """Steps between two looks at the loss: each waits for the device."""
 
+LOWER_RATES = "Lower learning_rate, or tower_rate with --mode."
+
 
 @dataclass(frozen=True, eq=False)
 class Lessons:
@@ -59,7 +61,7 @@ def build_head(config: VqaConfig, image_width: int, num_answers: int, *, num_wor
     """Build an untrained head; with `states` [words of all distinct questions, tower width] it reads these instead of learning words."""
     words = WordQuestions(START + 1 + num_words, config.width) if states is None else TowerQuestions(states, config.width)
     encoder = QuestionEncoder(words, config.width, config.attention_heads)
-    return HEADS[config.head].build(HeadShape(image_width, num_images, num_answers, config.width, config.layers, config.attention_heads), encoder)
+    return HEADS[config.head](HeadShape(image_width, num_images, num_answers, config.width, config.layers, config.attention_heads), encoder)
 
 
 def fit_head(
@@ -98,7 +100,7 @@ def fit_head(
                 hint = "The same command goes on from there." if kept else "Give --out FILE to keep what is finished."
                 raise Interrupted(f"Stopped at step {fit.step} of {fit.num_steps} of {stage}{where}.", hint, signum)
             if fit.step == fit.num_steps or fit.stale == config.patience:
-                return fit.finish()
+                return fit.finish(stage)
             loss = fit.take()
             if fit.step % LOOK_EVERY == 0 or fit.step == fit.num_steps:
                 fit.look(stage)
@@ -151,7 +153,7 @@ class _Fit:
         recent = [loss.item() for loss in list(self.losses)[-LOOK_EVERY:]]
         for back, loss in enumerate(reversed(recent)):
             if not math.isfinite(loss):
-                raise EvaluationError(f"The loss of {stage} is {loss} at step {self.step - back}.", "Lower learning_rate, or tower_rate with --mode.")
+                raise EvaluationError(f"The loss of {stage} is {loss} at step {self.step - back}.", LOWER_RATES)
 
     def choose(self, accuracy: float) -> None:
         """Keep the weights if no epoch before answered more of the questions held out."""
@@ -160,10 +162,15 @@ class _Fit:
             weights = {name: value.detach().clone() for name, value in self.parts.state_dict().items()}
             self.best, self.stale = {"accuracy": accuracy, "epoch": self.step // self.per_epoch, "weights": weights}, 0
 
-    def finish(self) -> dict[str, Any]:
-        """Put the best weights in place; returns the mean loss of the last tenth of all steps, the steps taken and which epoch was chosen."""
+    def finish(self, stage: str) -> dict[str, Any]:
+        """Put the best weights in place; returns the mean loss of the last tenth of all steps, the steps taken and which epoch was chosen.
+
+        Raises EvaluationError for weights that are not finite: no loss tells of the last step.
+        """
         if self.best:
             self.parts.load_state_dict(self.best["weights"])
+        if broken := [name for name, value in self.parts.state_dict().items() if not value.isfinite().all()]:
+            raise EvaluationError(f"The weights of {stage} are not finite at step {self.step} (first: {broken[0]}).", LOWER_RATES)
         loss = float(torch.stack(list(self.losses)).mean()) if self.losses else None
         chosen = {"epoch": self.best["epoch"], "held_out_accuracy": round(100 * self.best["accuracy"], 2)} if self.best else {}
         return {"loss": loss, "steps": self.step, **chosen}

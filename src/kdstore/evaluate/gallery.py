@@ -20,7 +20,7 @@ from kdstore.config import config_digest
 from kdstore.data.source import Caption, Source, UndecodableImage
 from kdstore.data.sources import open_source
 from kdstore.errors import EvaluationError, IdentityMismatch
-from kdstore.evaluate.results import model_record
+from kdstore.evaluate.results import augmented_notice, model_record, store_record
 from kdstore.jsonfile import digest_of
 from kdstore.models.encode import encode_image, encode_text, in_batches
 from kdstore.models.load import Model, load_model
@@ -65,10 +65,7 @@ def open_model(model: str | None, pretrained: str | None, device: str, precision
 
 def subject_record(subject: Model | Store) -> dict[str, Any]:
     """Say what was scored: a model, or the teacher of a store with the store's digest."""
-    if isinstance(subject, Model):
-        return model_record(subject)
-    identity = {name: subject.identity.get(name) for name in ("teacher", "preprocessing", "tokenizer")}  # imported stores lack some
-    return {"name": subject.identity["teacher"]["name"] or subject.path.name, "identity": identity, "parameters": None, "run": None, "stores": [subject.digest]}
+    return model_record(subject) if isinstance(subject, Model) else store_record([subject], "image/embedding", "text/embedding")
 
 
 def protocol_digest(config: Any) -> str:
@@ -100,6 +97,8 @@ def gallery_of_store(store: Store, on_progress: OnProgress, source: Source | Non
     is not the store's teacher, and JoinError.
     """
     store.require("image/embedding")
+    if notice := augmented_notice(store, "image/embedding"):
+        on_progress("notice", 0, 0, notice)
     if model is not None and model.identity["teacher"]["digest"] != store.identity["teacher"]["digest"]:
         raise IdentityMismatch(
             f"{model.name.name} is not the teacher of {store.path}, which is {store.identity['teacher']['name']}.", "Name the teacher as --model."

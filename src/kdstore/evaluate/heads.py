@@ -258,17 +258,5 @@ def _rectified(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU())
 
 
-@dataclass(frozen=True)
-class HeadKind:
-    """How a head is built, and which image features it reads: `tokens` [T, W] or the `embedding` as one token [1, D]."""
-
-    build: Callable[[HeadShape, QuestionEncoder], nn.Module]
-    reads: str
-
-
-HEADS: dict[str, HeadKind] = {
-    "coattention": HeadKind(CoAttentionHead, "tokens"),
-    "butd": HeadKind(TopDownHead, "tokens"),
-    "pooled": HeadKind(PooledHead, "embedding"),
-}
-"""Name -> kind."""
+HEADS: dict[str, Callable[[HeadShape, QuestionEncoder], nn.Module]] = {"coattention": CoAttentionHead, "butd": TopDownHead, "pooled": PooledHead}
+"""Name -> what builds it; what each reads: `protocol.READS`."""

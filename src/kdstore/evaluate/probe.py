@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from kdstore.config import as_dict, check_at_least_one
+from kdstore.config import as_dict
 from kdstore.data.source import PROBE
-from kdstore.errors import ConfigError, EvaluationError
+from kdstore.errors import EvaluationError
 from kdstore.evaluate.classes import class_names, constant_scores, hits_of_ranks, number_labels
 from kdstore.evaluate.gallery import Array, data_record, open_gallery, open_model, protocol_digest, subject_record, usable_images
-from kdstore.evaluate.protocol import check_subject
+from kdstore.evaluate.protocol import ProbeConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.jsonfile import digest_of
 from kdstore.metrics.classification import classification_scores, neighbour_votes, truth_ranks
@@ -37,40 +36,6 @@ COARSE = (-6, -4, -2, 0, 2, 4, 6)
 """Decades of C that are tried first."""
 FINE = (1.0, 0.5, 0.25, 0.125)
 """Decades to either side of the best one that are tried next, in turn."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Whose features, of which labelled images, are trained on and scored."""
-
-    model: str | None = None
-    pretrained: str | None = None
-    train_data: str | None = None
-    data: str | None = None  # the images that are scored
-    train_cache: str | None = None  # stores in place of a model; without data beside them, their own labels
-    cache: str | None = None
-    classnames: str | None = None  # a named set or a file, where labels are numbers
-    neighbours: int = 20
-    temperature: float = 0.07
-    val_share: float = 0.2  # of the training images, that C is chosen on
-    max_iterations: int = 1000
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "fp32"
-    encode_batch: int = 256
-    out: str | None = None  # result file
-
-    def __post_init__(self) -> None:
-        check_subject(self.model, self.cache)
-        if self.cache is None and (self.data is None or self.train_data is None):
-            raise ConfigError("--train-data and --data are needed: labelled images to train on, and others to score.", "Name sources with ?probe=LABEL.")
-        if (self.cache is None) != (self.train_cache is None):
-            raise ConfigError("--train-cache and --cache go together.", "Name the store of the training images and that of the scored ones.")
-        check_at_least_one(self, "neighbours", "max_iterations", "encode_batch")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"'seed' must be a number from 0 to 2^32 - 1, found {self.seed}.", "Correct --seed.")
-        if not (0 < self.val_share < 1 and 0 < self.temperature < math.inf):
-            raise ConfigError("'val_share' must lie between 0 and 1, and 'temperature' be positive.", "Correct the protocol.")
 
 
 @dataclass(frozen=True)
@@ -125,7 +90,7 @@ def evaluate_probe(config: ProbeConfig, *, on_progress: OnProgress = silent) -> 
         "config_digest": protocol_digest(config),
         "seed": config.seed,
         "rows": [{"row": "model", "seed": config.seed, "scores": scores}, {"row": "constant", "scores": constant}],
-        "made": made_record(model.device if model else torch.device("cpu"), time.perf_counter() - started),
+        "made": made_record(model.device if model else None, time.perf_counter() - started),
     }
     return ProbeResult(scores, fit["c"], write_result(config.out, content, hits_of_ranks(evaluated.keys, ranks, len(labels.names), config.seed)))
 

@@ -1,4 +1,4 @@
-"""The settings of the VQA and retrieval protocols, the same for every model that is compared; apart from the code that uses them, which imports torch."""
+"""The settings of all evaluations, the same for every model that is compared; apart from the code that uses them, which imports torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kdstore.config import check_at_least_one
 from kdstore.errors import ConfigError, UnknownName
+from kdstore.evaluate.datasets import check_vqa_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,9 @@ class VqaConfig:
         for name, known in (("question_encoder", QUESTION_ENCODERS), ("lookup", LOOKUPS), ("leaks", LEAKS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"'{name}' must be one of {', '.join(known)}, found '{getattr(self, name)}'.", f"Correct {name}.")
+        check_vqa_name(self.dataset)
+        if self.head not in READS:
+            raise UnknownName.of("head", self.head, READS)
         self._check_mode()
 
     def _check_mode(self) -> None:
@@ -136,6 +140,106 @@ class RetrievalConfig:
         check_at_least_one(self, "encode_batch", "probes", "index_sample")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ZeroshotConfig:
+    """What is scored on which labelled images, and how the classes are put into words."""
+
+    model: str | None = None
+    pretrained: str | None = None
+    cache: str | None = None  # a store whose images are scored; its teacher as `model` embeds the templates
+    data: str | None = None  # a source with labels: captions of the kind `probe`; None: those of the store
+    classnames: str | None = None  # a named set or a file; None: the labels themselves
+    templates: str = "photo"  # a named set or a file
+    device: str = "auto"
+    precision: str = "fp32"
+    encode_batch: int = 256
+    out: str | None = None  # result file
+
+    def __post_init__(self) -> None:
+        check_subject(self.model, self.cache)
+        check_at_least_one(self, "encode_batch")
+        if self.cache is None and self.data is None:
+            raise ConfigError("--data is needed: images with labels.", "Name a folder of class folders, or a source with ?probe=LABEL (docs/sources.md).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Whose features, of which labelled images, are trained on and scored."""
+
+    model: str | None = None
+    pretrained: str | None = None
+    train_data: str | None = None
+    data: str | None = None  # the images that are scored
+    train_cache: str | None = None  # stores in place of a model; without data beside them, their own labels
+    cache: str | None = None
+    classnames: str | None = None  # a named set or a file, where labels are numbers
+    neighbours: int = 20
+    temperature: float = 0.07
+    val_share: float = 0.2  # of the training images, that C is chosen on
+    max_iterations: int = 1000
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    encode_batch: int = 256
+    out: str | None = None  # result file
+
+    def __post_init__(self) -> None:
+        check_subject(self.model, self.cache)
+        if self.cache is None and (self.data is None or self.train_data is None):
+            raise ConfigError("--train-data and --data are needed: labelled images to train on, and others to score.", "Name sources with ?probe=LABEL.")
+        if (self.cache is None) != (self.train_cache is None):
+            raise ConfigError("--train-cache and --cache go together.", "Name the store of the training images and that of the scored ones.")
+        check_at_least_one(self, "neighbours", "max_iterations", "encode_batch")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"'seed' must be a number from 0 to 2^32 - 1, found {self.seed}.", "Correct --seed.")
+        if not (0 < self.val_share < 1 and 0 < self.temperature < math.inf):
+            raise ConfigError("'val_share' must lie between 0 and 1, and 'temperature' be positive.", "Correct the protocol.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementConfig:
+    """Which two are compared, the student first: models, then stores; on which images."""
+
+    model: tuple[str, ...] = ()
+    cache: tuple[str, ...] = ()
+    data: str | None = None  # None: what the first store was extracted from
+    samples: int = 2000
+    neighbours: int = 10
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    encode_batch: int = 256
+    out: str | None = None  # result file
+
+    def __post_init__(self) -> None:
+        if len(self.model) + len(self.cache) != 2:
+            found = f"Agreement is of two models, found {len(self.model)} of --model and {len(self.cache)} of --cache."
+            raise ConfigError(found, "Name the student and its teacher: --model RUN --cache STORE, or two models, or two stores.")
+        if not self.cache and self.data is None:
+            raise ConfigError("--data is needed: the images that both models see.", "Name a source (kdstore list sources).")
+        if not self.model and self.data is not None:
+            raise ConfigError("Two stores are compared on what both hold, but --data was given.", "Leave --data out.")
+        if self.seed < 0:
+            raise ConfigError(f"'seed' must be 0 or more, found {self.seed}.", "Correct --seed.")
+        check_at_least_one(self, "encode_batch")
+        if not 1 <= self.neighbours < self.samples or self.samples < 4:
+            raise ConfigError(f"'samples' must be at least 4 and more than 'neighbours', found {self.samples} and {self.neighbours}.", "Correct them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Which predictions are scored, on which questions."""
+
+    dataset: str
+    predictions: str  # file in the format of the data set's evaluator
+    split: str | None = None  # None: val, or what the data set has in its place
+    folder: str | None = None  # of data sets that are files
+    metric: str | None = None  # None: the data set's own
+    metric_version: str | None = None  # None: the default of the metric
+    name: str | None = None  # of the row in tables; None: the file's
+    out: str | None = None  # result file
+
+
 def check_subject(model: str | None, cache: str | None) -> None:
     """Raise ConfigError unless a model or a store is named."""
     if model is None and cache is None:
@@ -149,6 +253,9 @@ def parse_seeds(text: str | None) -> tuple[int, ...] | None:
     except ValueError as e:
         raise ConfigError(f"'{text}' is no list of seeds.", "Write --seeds 0,1,2.") from e
 
+
+READS = {"coattention": "tokens", "butd": "tokens", "pooled": "embedding"}
+"""Head -> the image features that it reads: `tokens` [T, W], or the `embedding` as one token [1, D]."""
 
 QUESTION_ENCODERS = ("scratch", "own-text-tower")
 """`scratch`: words learned from the training questions, the same for all models. `own-text-tower`: the frozen states of the model's own text

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import kdstore
 from kdstore.errors import ConfigError, EvaluationError, RunError
 from kdstore.evaluate.outcomes import Outcomes, encode_outcomes, write_outcomes
 from kdstore.evaluate.summary import summarise
 from kdstore.jsonfile import disk_error, read_json, write_json
-from kdstore.models.load import Model, parameter_counts
+
+if TYPE_CHECKING:  # scoring predictions, tables and comparisons need none of these
+    import torch
+
+    from kdstore.models.load import Model
+    from kdstore.store import Store
 
 STAGES = ("evaluate vqa", "evaluate score", "evaluate zeroshot", "evaluate retrieval", "evaluate probe", "evaluate agreement")
 
 
 def model_record(model: Model) -> dict[str, Any]:
     """Say which model was evaluated: identity with the hash of its weights, parameters and, for a run folder, the run and its store."""
+    from kdstore.models.load import parameter_counts
+
     return {
         "name": model.name.name,
         "identity": model.identity,
@@ -35,12 +41,35 @@ def model_record(model: Model) -> dict[str, Any]:
     }
 
 
-def made_record(device: torch.device, seconds: float) -> dict[str, Any]:
-    """Say with what and in which time a result was made."""
+def store_record(stores: Sequence[Store], *arrays: str) -> dict[str, Any]:
+    """Say whose stored features were evaluated, and of each array the layer, views and codec that it holds; all stores are of one model."""
+    said = stores[0].identity
+    return {
+        "name": said["teacher"]["name"] or stores[0].path.name,
+        "identity": {name: said.get(name) for name in ("teacher", "preprocessing", "tokenizer")},  # imported stores lack some
+        "parameters": None,
+        "run": None,
+        "stores": [store.digest for store in stores],
+        "arrays": {name: encoding for name, encoding in said.get("arrays", {}).items() if name in arrays},
+    }
+
+
+def augmented_notice(store: Store, array: str) -> str:
+    """Say that an imported store holds features of augmented views, where scores are expected to be of the images as they are; '' if it does not."""
+    encoding = store.identity.get("arrays", {}).get(array, {})
+    if encoding.get("views") != ["augmented"]:
+        return ""
+    return f"{array} of {store.path} is of augmented views ({encoding.get('augmentation')}): its scores do not compare with those of the plain view."
+
+
+def made_record(device: torch.device | None, seconds: float) -> dict[str, Any]:
+    """Say with what and in which time a result was made; None: no model ran."""
+    import torch
+
     packages = ("torch", "open_clip_torch", "numpy", "faiss-cpu", "scikit-learn", "pillow")
     return {
         "seconds": round(seconds, 1),
-        "device": str(device),
+        "device": str(device or "cpu"),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "versions": {"kdstore": kdstore.__version__, "python": platform.python_version(), **{name: version(name) for name in packages}},

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from kdstore.config import as_dict
 from kdstore.data.source import PROBE
@@ -71,7 +70,7 @@ def evaluate_retrieval(config: RetrievalConfig, *, on_progress: OnProgress = sil
         "recall_at": list(KS),
         "index": {"kind": config.index} | ({} if config.index == "exact" else _shares_found(pairs, found, config.index_sample)),
         "rows": [{"row": "model", "scores": recall}, {"row": "ceiling", "scores": ceiling}],
-        "made": made_record(model.device if model else torch.device("cpu"), time.perf_counter() - started),
+        "made": made_record(model.device if model else None, time.perf_counter() - started),
     }
     return RetrievalResult(recall, ceiling, len(pairs.images.keys), len(pairs.captions), write_result(config.out, content, _outcomes(pairs, *hits)))
 

@@ -5,37 +5,22 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from kdstore.config import as_dict, config_digest
 from kdstore.errors import EvaluationError
-from kdstore.evaluate.datasets import VqaQuestion, check_vqa_name, open_vqa, read_predictions, submission
+from kdstore.evaluate.datasets import VqaQuestion, check_vqa_name, open_vqa, read_predictions, scored_split, submission
 from kdstore.evaluate.datasets.submission import records
 from kdstore.evaluate.outcomes import Outcomes, Run
+from kdstore.evaluate.protocol import ScoreConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.metrics.answers import metric_version, score_answers
 from kdstore.metrics.scores import Scores, rounded_percent
 from kdstore.progress import OnProgress, silent
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """Which predictions are scored, on which questions."""
-
-    dataset: str
-    predictions: str  # file in the format of the data set's evaluator
-    split: str = "val"
-    folder: str | None = None  # of data sets that are files
-    metric: str | None = None  # None: the data set's own
-    metric_version: str | None = None  # None: the default of the metric
-    name: str | None = None  # of the row in tables; None: the file's
-    out: str | None = None  # result file
-
 
 NOT_IN_DIGEST = ("predictions", "folder", "name", "out")
 OTHER_FORMATS = {"vizwiz-answerability": records("image", "answerable")}
@@ -49,9 +34,11 @@ def evaluate_score(config: ScoreConfig, *, on_progress: OnProgress = silent) -> 
     """
     check_out(config.out)
     check_vqa_name(config.dataset)
+    name = config.split or scored_split(config.dataset)
+    config = replace(config, split=name)
     started = time.perf_counter()
-    on_progress("questions", 0, 1, f"{config.dataset}/{config.split}")
-    split = open_vqa(config.dataset, config.split, folder=config.folder)
+    on_progress("questions", 0, 1, f"{config.dataset}/{name}")
+    split = open_vqa(config.dataset, name, folder=config.folder)
     on_progress("questions", 1, 1, f"{len(split.questions)} to score")
     metric = config.metric or split.metric
     version = metric_version(metric, config.metric_version)
@@ -71,7 +58,7 @@ def evaluate_score(config: ScoreConfig, *, on_progress: OnProgress = silent) -> 
         "config": as_dict(config),
         "config_digest": config_digest(config, leave_out=NOT_IN_DIGEST),
         "rows": [{"row": "model", "seed": None, **score_record(scores, split.questions)}],
-        "made": made_record(torch.device("cpu"), time.perf_counter() - started),
+        "made": made_record(None, time.perf_counter() - started),
     }
     answers = [predictions[q.question_id] for q in split.questions]
     return write_result(config.out, content, outcomes_of(split.questions, [("model", None, answers, scores)]))

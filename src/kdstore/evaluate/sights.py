@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from kdstore.evaluate.features import Images, image_features, kept_images
-from kdstore.evaluate.heads import HEADS
-from kdstore.evaluate.protocol import VqaConfig
-from kdstore.evaluate.results import model_record
+from kdstore.evaluate.protocol import READS, VqaConfig
+from kdstore.evaluate.results import augmented_notice, model_record, store_record
 from kdstore.evaluate.stored import open_stores, stored_images
 from kdstore.evaluate.task import VqaTask
 from kdstore.evaluate.tower import ImageTower, tuned_images
 from kdstore.models.load import Model, load_model, pick_device
-from kdstore.models.names import architecture_of
+from kdstore.models.names import architecture_of, resolve
 from kdstore.progress import OnProgress
 from kdstore.store import Store
 
@@ -49,15 +48,23 @@ class Sight:
     tower: ImageTower | None = None
 
 
+def check_names(config: VqaConfig) -> None:
+    """Raise what a wrong name of a model or a store raises, before questions are read and weights loaded."""
+    if config.model is None:
+        open_stores(config.stores, _array(config))
+    else:
+        resolve(config.model, config.pretrained)
+
+
 def open_subject(config: VqaConfig, on_progress: OnProgress) -> Subject:
     """Load the model or open the stores; raises what `load_model` and `open_stores` raise."""
     if config.stores:
         stores = open_stores(config.stores, _array(config))
-        made = stores[0].identity
-        digests = [store.digest for store in stores]
-        said = {name: made.get(name) for name in ("teacher", "preprocessing", "tokenizer")}  # imported stores lack some
-        record = {"name": made["teacher"]["name"] or stores[0].path.name, "identity": said, "parameters": None, "run": None, "stores": digests}
-        identity = {"stores": digests, "config": made["teacher"].get("config"), "preprocessing": said["preprocessing"]}
+        if notice := augmented_notice(stores[0], _array(config)):
+            on_progress("notice", 0, 0, notice)
+        record = store_record(stores, _array(config))
+        said = record["identity"]
+        identity = {"stores": record["stores"], "config": said["teacher"].get("config"), "preprocessing": said["preprocessing"]}
         return Subject(identity, record, pick_device(config.device), None, stores)
     model = _load(config)
     if model.name.notice:
@@ -77,7 +84,7 @@ def frozen_sights(config: VqaConfig, task: VqaTask, subject: Subject, needed: Se
         train, evaluated = (stored_images(subject.stores, _array(config), split, config.grid, on_progress=on_progress) for split in splits)
         sights[None] = Sight(train, evaluated, None)
     live = {seed: model for seed, model in models.items() if model is not None}
-    options: dict[str, Any] = {"reads": HEADS[config.head].reads, "batch": config.encode_batch, "grid": config.grid, "on_progress": on_progress}
+    options: dict[str, Any] = {"reads": READS[config.head], "batch": config.encode_batch, "grid": config.grid, "on_progress": on_progress}
     if live:
         encoded = [image_features(list(live.values()), split.image, split.num_images, stage=f"encode {split.name}", **options) for split in splits]
         for (seed, model), train_NTW, evaluated_NTW in zip(live.items(), *encoded, strict=True):
@@ -88,13 +95,13 @@ def frozen_sights(config: VqaConfig, task: VqaTask, subject: Subject, needed: Se
 def tuned_sight(config: VqaConfig, task: VqaTask, subject: Subject, seed: int | None) -> Sight:
     """Return what a head sees through a tower of its own, to be trained with it: the model's (None), or that of an untrained twin."""
     model = _load(config) if seed is None else _untrained(config, subject, seed)
-    tower = ImageTower(model, config.blocks, HEADS[config.head].reads, config.grid)
+    tower = ImageTower(model, config.blocks, READS[config.head], config.grid)
     train, evaluated = (tuned_images(tower, split, config.pixels_gib / 2) for split in (task.train, task.evaluated))
     return Sight(train, evaluated, model, tower)
 
 
 def _array(config: VqaConfig) -> str:
-    return "image/tokens" if HEADS[config.head].reads == "tokens" else "image/embedding"
+    return "image/tokens" if READS[config.head] == "tokens" else "image/embedding"
 
 
 def _load(config: VqaConfig) -> Model:

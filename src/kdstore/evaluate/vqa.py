@@ -20,20 +20,20 @@ import torch
 from torch import nn
 
 from kdstore.config import as_dict, config_digest
-from kdstore.errors import ConfigError, UnknownName
+from kdstore.errors import ConfigError
 from kdstore.evaluate.answers import START, UNKNOWN, split_words
-from kdstore.evaluate.datasets import check_vqa_name, write_submission
+from kdstore.evaluate.datasets import write_submission
 from kdstore.evaluate.datasets.form import VqaQuestion
 from kdstore.evaluate.features import question_states, without_image
 from kdstore.evaluate.fit import Lessons, answer_questions, build_head, fit_head
-from kdstore.evaluate.heads import HEADS, head_parameters
+from kdstore.evaluate.heads import head_parameters
 from kdstore.evaluate.outcomes import Outcomes
 from kdstore.evaluate.packing import QuestionRows, pack_questions
 from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.evaluate.rows import Row, checkpoint_of, keep_answers, keep_model, kept_answers, row_of
 from kdstore.evaluate.score import outcomes_of, score_record
-from kdstore.evaluate.sights import Sight, Subject, frozen_sights, open_subject, tuned_sight
+from kdstore.evaluate.sights import Sight, Subject, check_names, frozen_sights, open_subject, tuned_sight
 from kdstore.evaluate.task import Asked, VqaTask, open_task
 from kdstore.jsonfile import make_folders
 from kdstore.metrics.scores import Scores
@@ -70,10 +70,8 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
     EvaluationError before any head is trained, and Interrupted for Ctrl-C or SIGTERM.
     """
     check_out(config.out)
-    check_vqa_name(config.dataset)
-    if config.head not in HEADS:
-        raise UnknownName.of("head", config.head, HEADS)
     started = time.perf_counter()
+    check_names(config)
     task = open_task(config, on_progress)
     if config.out is None and not task.evaluated.answered:
         raise ConfigError(f"{task.evaluated.name} has no answers to score with, and no file for its predictions was named.", "Give --out FILE.")

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from kdstore.config import as_dict, check_at_least_one
+from kdstore.config import as_dict
 from kdstore.data.source import PROBE
-from kdstore.errors import ConfigError
 from kdstore.evaluate.classes import Labels, class_names, constant_scores, filled, hits_of_ranks, number_labels, templates
 from kdstore.evaluate.gallery import Array, data_record, open_gallery, open_model, protocol_digest, subject_record, usable_images
 from kdstore.evaluate.outcomes import Outcomes
-from kdstore.evaluate.protocol import check_subject
+from kdstore.evaluate.protocol import ZeroshotConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.jsonfile import digest_of
 from kdstore.metrics.classification import classification_scores, mean_average_precision, truth_ranks
@@ -30,28 +28,6 @@ from kdstore.metrics.unit import unit_rows
 from kdstore.progress import OnProgress, silent
 
 _CLASSES_AT_ONCE = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroshotConfig:
-    """What is scored on which labelled images, and how the classes are put into words."""
-
-    model: str | None = None
-    pretrained: str | None = None
-    cache: str | None = None  # a store whose images are scored; its teacher as `model` embeds the templates
-    data: str | None = None  # a source with labels: captions of the kind `probe`; None: those of the store
-    classnames: str | None = None  # a named set or a file; None: the labels themselves
-    templates: str = "photo"  # a named set or a file
-    device: str = "auto"
-    precision: str = "fp32"
-    encode_batch: int = 256
-    out: str | None = None  # result file
-
-    def __post_init__(self) -> None:
-        check_subject(self.model, self.cache)
-        check_at_least_one(self, "encode_batch")
-        if self.cache is None and self.data is None:
-            raise ConfigError("--data is needed: images with labels.", "Name a folder of class folders, or a source with ?probe=LABEL (docs/sources.md).")
 
 
 @dataclass(frozen=True)
@@ -88,7 +64,7 @@ def evaluate_zeroshot(config: ZeroshotConfig, *, on_progress: OnProgress = silen
         "config": as_dict(config),
         "config_digest": protocol_digest(config),
         "rows": rows,
-        "made": made_record(model.device if model else torch.device("cpu"), time.perf_counter() - started),
+        "made": made_record(model.device if model else None, time.perf_counter() - started),
     }
     return ZeroshotResult(rows[0]["scores"], write_result(config.out, content, outcomes))
 

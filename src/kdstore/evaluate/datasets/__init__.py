@@ -30,6 +30,7 @@ __all__ = [
     "check_vqa_name",
     "open_vqa",
     "read_predictions",
+    "scored_split",
     "submission",
     "write_submission",
 ]
@@ -39,6 +40,11 @@ def check_vqa_name(name: str) -> None:
     """Raise UnknownName unless it is that of a registered data set or begins with `hf:`."""
     if not name.startswith(HUB) and name not in VQA_DATASETS:
         raise UnknownName.of("VQA data set", name, VQA_DATASETS, f"Or {HUB}ORG/NAME.")
+
+
+def scored_split(name: str) -> str:
+    """Name the split of a data set that is scored where none is named: one whose answers are public, and that is not for training."""
+    return SCORED_SPLITS.get(name, "val")
 
 
 def open_vqa(name: str, split: str, *, folder: str | Path | None = None, num_images: int | None = None) -> VqaSplit:
@@ -78,3 +84,6 @@ VQA_DATASETS: dict[str, Callable[[Path | None, str, int | None], VqaSplit]] = {
     "jsonl": open_jsonl,
 }
 """Name -> reader of (folder, split, number of images wanted); a reader of files may ignore the number."""
+
+SCORED_SPLITS = {"easy-vqa": "test", "daquar": "test", "nlvr2": "dev"}
+"""Data set -> what it has for `val`."""
