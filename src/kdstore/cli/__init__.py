@@ -19,6 +19,7 @@ from kdstore.cli.lists import list_app
 from kdstore.cli.options import Data, Device, Json, Recipe, Seed, Settings, config_of
 from kdstore.cli.screen import bars, say, show
 from kdstore.cli.store import store_app
+from kdstore.cli.study import study_app
 from kdstore.errors import Interrupted, KdstoreError, sentence
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(store_app, name="store")
+app.add_typer(study_app, name="study")
 app.add_typer(list_app, name="list")
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer Typers carry inside

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from kdstore.process import keep_freed_memory
 from kdstore.progress import OnProgress
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def bars(every: float = 60.0) -> Iterator[OnProgress]:
     from rich.console import Console
 
     _quiet_libraries()
-    _keep_freed_memory()
+    keep_freed_memory()
     console = Console(stderr=True, emoji=False)  # scenes:100: is no emoji
     with _bars(console) if console.is_terminal else _lines(console, every) as on_progress:
         yield on_progress
@@ -167,14 +168,3 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read at its import, which most commands do without
     for name in ("huggingface_hub", "datasets", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what large tensors free: they come back every step, and fresh pages made a small student's step 1.4 times as long."""
-    import ctypes
-
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -30,7 +30,7 @@ LOG, VALIDATION, TENSORBOARD = "log.jsonl", "validation.jsonl", "tensorboard"
 def run_state(path: Path, settings: dict[str, Any], *, resume: bool) -> Literal["new", "unfinished", "finished"]:
     """Say what the folder of a run holds; raises RunError for another run, something else, or an unfinished run without `resume`. Writes nothing."""
     if not (path / CONFIG).is_file():
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(found.suffix != ".tmp" for found in path.iterdir())):  # .tmp: killed as it began
             raise RunError(f"{path} is neither empty nor a run.", "Choose another --out.")
         return "new"
     found = read_json(path / CONFIG, RunError)

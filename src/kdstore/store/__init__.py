@@ -13,7 +13,7 @@ from kdstore.store.diff import ArrayDifference, StoreDifference, diff_stores
 from kdstore.store.incomplete import Committer, StoreProgress, store_progress
 from kdstore.store.join import Join, JoinReport, join_sources, report_join
 from kdstore.store.layout import ArraySpec, embedding_array, scalar_array, token_array, view_array
-from kdstore.store.lock import Holder, unlock_store
+from kdstore.store.lock import Holder, Lock, take_lock, unlock_store
 from kdstore.store.order import Batches, Order
 from kdstore.store.parts import finalise_store, leave_account, record_staged, stage_unit, staged_units
 from kdstore.store.plan import Plan, Unit, fingerprint_of
@@ -44,6 +44,7 @@ __all__ = [
     "Holder",
     "Join",
     "JoinReport",
+    "Lock",
     "Order",
     "Plan",
     "Rows",
@@ -93,6 +94,7 @@ __all__ = [
     "store_stats",
     "stored_views",
     "subset_store",
+    "take_lock",
     "token_array",
     "unlock_store",
     "verify_store",

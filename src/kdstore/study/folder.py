@@ -4,13 +4,14 @@
     store/NAME/          features of a teacher            runs/NAME/       a student
     results/NAME.json    written last and atomically      results/NAME...  what the stage keeps beside it
     tasks/NAME.json      what a process was told to do    logs/NAME.txt    what it said
-    locks/NAME/          who does it just now
+    locks/NAME/          who does it just now             failed/NAME.json  why its last try failed
 
-A task is done iff its result file is there, proves itself, and is of this very task under this protocol. Nothing here is ever deleted.
+A task is done iff its result file is there, proves itself, and is of this very task under this protocol. No run deletes what another one made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from kdstore.study.controls import controls_record
 from kdstore.study.grid import Task
 
 STUDY = "study.json"
-RESULTS, STORES, RUNS, LOGS, LOCKS, TASKS = "results", "store", "runs", "logs", "locks", "tasks"
+RESULTS, STORES, RUNS, LOGS, LOCKS, TASKS, FAILED = FOLDERS = "results", "store", "runs", "logs", "locks", "tasks", "failed"
 RESULT_STAGE = "study task"
 
 
 def begin_study(out: Path, config: StudyConfig) -> None:
     """Make the folders and write study.json, that of an earlier recipe too."""
-    for name in (RESULTS, STORES, RUNS, LOGS, LOCKS, TASKS):
+    for name in FOLDERS:
         make_folders(out / name)
     write_study(out, config)
 
@@ -56,7 +57,36 @@ def result_path(out: str | Path, task: Task) -> Path:
 
 
 def log_path(out: str | Path, task: Task) -> Path:
+    """Where all tries of a task say what they do."""
     return Path(out) / LOGS / f"{task.name}.txt"
+
+
+def lock_folder(out: str | Path, task: Task) -> Path:
+    """Return the folder of a task's lock, which it makes."""
+    folder = Path(out) / LOCKS / task.name
+    make_folders(folder)
+    return folder
+
+
+def write_job(out: Path, config: StudyConfig, task: Task, needs: Sequence[Task]) -> Path:
+    """Write what the process of a task is to do."""
+    path = out / TASKS / f"{task.name}.json"
+    here = {"machine": config.machine.get(task.kind, {}), "folders": config.folders}
+    job = {"stage": "study job", "task": task.record, "needs": [one.record for one in needs], "protocol": PROTOCOL, **here}
+    write_json(path, job)
+    return path
+
+
+def note_failure(out: Path, task: Task, reason: str) -> None:
+    """Leave why a task failed where the report finds it."""
+    said = {"task": task.name, "task_digest": task.digest, "label": f"{task.kind}: {task.label}", "reason": reason, "log": f"{LOGS}/{task.name}.txt"}
+    write_json(out / FAILED / f"{task.name}.json", {"stage": "study failure", **said})
+
+
+def read_failure(out: str | Path, task: Task) -> dict[str, Any] | None:
+    """Return why the last try of a task failed; None if it did not, or is done by now."""
+    path = Path(out) / FAILED / f"{task.name}.json"
+    return read_json(path, RunError) if path.is_file() and read_done(out, task) is None else None
 
 
 def read_done(out: str | Path, task: Task) -> dict[str, Any] | None:

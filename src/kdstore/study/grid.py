@@ -52,6 +52,11 @@ class Task:
         return {"kind": self.kind, "label": self.label, "settings": self.settings, "needs": list(self.needs)}
 
 
+def task_of(record: dict[str, Any]) -> Task:
+    """Return the task of a record."""
+    return Task(record["kind"], record["label"], record["settings"], tuple(record["needs"]))
+
+
 Cell = dict[str, str]
 """Role -> digest of the task that plays it: `extract`, `distill`, `retrieval`, `vqa/<data set>`."""
 
@@ -85,9 +90,8 @@ class Plan:
     arms: tuple[Arm, ...]
     stores: dict[str, str]
 
-    def missing_needs(self, task: Task, done: set[str]) -> tuple[Task, ...]:
-        """Return the tasks that must be done before this one."""
-        return tuple(self.tasks[digest] for digest in task.needs if digest not in done)
+    def of_kind(self, kind: str) -> list[Task]:
+        return [task for task in self.tasks.values() if task.kind == kind]
 
 
 def plan_study(config: StudyConfig) -> Plan:
