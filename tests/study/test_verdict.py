@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -204,7 +205,9 @@ def test_a_table_with_a_hole_or_of_other_scores_is_refused() -> None:
 
 @FEW
 @given(st.integers(0, 1000), st.integers(2, 6), st.integers(2, 4), st.floats(0.1, 3), st.randoms(use_true_random=False))
-def test_order_of_teachers_and_seeds_scale_and_what_a_seed_adds_to_all_change_nothing(draw: int, num: int, seeds: int, scale: float, shuffle) -> None:
+def test_order_of_teachers_and_seeds_scale_and_what_a_seed_adds_to_all_change_nothing(
+    draw: int, num: int, seeds: int, scale: float, shuffle: random.Random
+) -> None:
     cell = cell_of(np.random.default_rng(draw).normal(0, 1.5, num).tolist(), seeds, spread=0.6, draw=draw)
     teachers, order = shuffle.sample(range(num), num), shuffle.sample(range(seeds), seeds)
     added_S = np.array([shuffle.uniform(-5, 5) for _ in range(seeds)])

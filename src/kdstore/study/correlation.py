@@ -59,8 +59,9 @@ def _by_chance(x_T: tuple[float, ...], y_T: tuple[float, ...]) -> np.ndarray:
 def _interval(rho: float, num: int) -> tuple[float, float]:
     low_L, high_L = _middle(num)
     latent_L = np.concatenate([-_LATENT[:0:-1], _LATENT])
-    possible_L = latent_L[(low_L <= rho + 1e-9) & (rho - 1e-9 <= high_L)]
-    low, high = 6 / np.pi * np.arcsin(np.array([possible_L.min(), possible_L.max()]) / 2)  # of ranks, from that of the normal law (Pearson 1907)
+    first, last = np.argmax(high_L >= rho - 1e-9), np.flatnonzero(low_L <= rho + 1e-9)[-1]
+    ends = latent_L[[max(first - 1, 0), min(last + 1, len(latent_L) - 1)]]  # rounded outwards
+    low, high = 6 / np.pi * np.arcsin(ends / 2)  # of ranks, from that of the normal law (Pearson 1907)
     return float(min(low, rho)), float(max(high, rho))
 
 
