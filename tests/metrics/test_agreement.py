@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist, pdist
 from kdstore.errors import EvaluationError
 from kdstore.metrics import agreement, geometry
 from kdstore.metrics.agreement import debiased_linear_cka, mean_cosine, mutual_neighbours, similarity_rank_correlation, top1_agreement
-from kdstore.metrics.geometry import alignment, effective_rank, hubness, modality_gap, target_entropy, uniformity
+from kdstore.metrics.geometry import alignment, caption_margins, effective_rank, hubness, modality_gap, preference, spectrum, target_entropy, uniformity
 
 IMAGES = np.array([[1.0, 0.1], [0.1, 2.0], [-3.0, 0.0]])
 TEXTS = np.array([[5.0, 0.0], [0.0, 1.0], [-1.0, -0.1]])
@@ -142,3 +142,19 @@ def test_too_few_rows_and_rows_that_do_not_vary_are_refused() -> None:
     ):
         with pytest.raises(EvaluationError, match=said):
             wrong()
+
+
+def test_the_spectrum_is_the_variance_along_principal_directions_and_sums_to_one() -> None:
+    rows = related(1, 40)[0]
+    expected = np.sort(np.linalg.eigvalsh(np.cov(unit(rows).T)))[::-1]
+    assert spectrum(rows) == pytest.approx(expected / expected.sum(), abs=1e-6)
+
+
+def test_the_true_caption_wins_by_its_lead_in_cosine_and_a_tie_counts_half() -> None:
+    image, true, false = (np.random.default_rng(seed).normal(size=(30, 5)) for seed in range(3))
+    false[0] = 3 * true[0]
+    expected = (unit(image) * unit(true)).sum(1) - (unit(image) * unit(false)).sum(1)
+    margins = caption_margins(image, true, false)
+    assert margins == pytest.approx(expected, abs=1e-6)
+    assert preference(np.array([0.2, -0.1, 0.0, 0.0])) == 50
+    assert preference(margins[1:]) == pytest.approx(100 * (expected[1:] > 0).mean())

@@ -77,7 +77,7 @@ def list_sources(as_json: Json = False) -> None:
         "hf:ORG/NAME[/CONFIG][:SPLIT]": "a dataset of the Hugging Face Hub",
         "...?image=A&caption=B,C&synthetic=D&probe=E": "names columns (tables), or suffixes of members and json fields (tars)",
         "scenes...?probe=LABEL": "the built-in world with labels, such as leftmost-color",
-        "scenes...?swapped=color,shape,relation,count": "the built-in world with pairs of a true and a false caption that differ in a class of words",
+        "scenes...?swapped=color,shape,...": "the built-in world with pairs of a true and a false caption that differ in a class of words",
         "...?key=NAME, ?key=sha256": "keys from a column or field, or from the images' content",
     }
     show(forms, as_json)

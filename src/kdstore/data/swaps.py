@@ -1,7 +1,8 @@
 """Two captions of a scene, a true and a false one, that differ in one class of words: what of a caption does a model take in?
 
-Two objects exchange colours or shapes, a relation turns round, two shapes exchange their numbers. The false caption is thus true of another scene that is
-drawn just as often, so no length, word or order of words tells which of the two is false. A colour replaced by an absent one would: such captions repeat fewer.
+All objects of one colour, or shape, are given one that is absent; a relation turns round; two shapes exchange their numbers; or, of the same words, two objects
+exchange their colours, which only a model that binds words to objects takes in. The false caption is thus true of another scene that is drawn just as often,
+so no length, word or order of words tells which of the two is false. One object's colour replaced would: such captions repeat fewer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kdstore.data.scenes import RELATION_GAP, Dice, Scene, Scenes, count_caption, order_caption, relation_text, relations, unique
+from kdstore.data.scenes import ATTRIBUTES, RELATION_GAP, Dice, Scene, Scenes, count_caption, order_caption, relation_text, relations, unique
 from kdstore.data.source import PROBE, Caption, LoadedImage
 from kdstore.errors import SourceError, UnknownName
 
@@ -55,19 +56,25 @@ def swapped_captions(scene: Scene, word: str, split: str, index: int) -> Pair | 
     return SWAPS[word](Dice("swaps-1", word, split, index), scene)
 
 
-def _exchange(attribute: str) -> Callable[[Dice, Scene], Pair | None]:
+def _rename(attribute: str) -> Callable[[Dice, Scene], Pair | None]:
     def pair(dice: Dice, scene: Scene) -> Pair | None:
         down = sorted(scene.things, key=lambda t: t.y)
-        choices = [(i, j) for j in range(len(down)) for i in range(j) if getattr(down[i], attribute) != getattr(down[j], attribute)]
-        if not choices:
-            return None
-        i, j = dice.pick(choices)
-        swapped = list(down)
-        swapped[i] = replace(down[i], **{attribute: getattr(down[j], attribute)})
-        swapped[j] = replace(down[j], **{attribute: getattr(down[i], attribute)})
-        return order_caption(down), order_caption(swapped)
+        there = {getattr(t, attribute) for t in down}
+        old = dice.pick(sorted(there))
+        new = dice.pick([value for value in ATTRIBUTES[attribute] if value not in there])
+        return order_caption(down), order_caption([replace(t, **{attribute: new}) if getattr(t, attribute) == old else t for t in down])
 
     return pair
+
+
+def _exchange_colors(dice: Dice, scene: Scene) -> Pair | None:
+    down = sorted(scene.things, key=lambda t: t.y)
+    choices = [(i, j) for j in range(len(down)) for i in range(j) if down[i].color != down[j].color]
+    if not choices:
+        return None
+    i, j = dice.pick(choices)
+    exchanged = {i: replace(down[i], color=down[j].color), j: replace(down[j], color=down[i].color)}
+    return order_caption(down), order_caption([exchanged.get(k, t) for k, t in enumerate(down)])
 
 
 def _turn_round(dice: Dice, scene: Scene) -> Pair | None:
@@ -91,8 +98,9 @@ def _exchange_counts(dice: Dice, scene: Scene) -> Pair | None:
 
 
 SWAPS: dict[str, Callable[[Dice, Scene], Pair | None]] = {
-    "color": _exchange("color"),
-    "shape": _exchange("shape"),
+    "color": _rename("color"),
+    "shape": _rename("shape"),
     "relation": _turn_round,
     "count": _exchange_counts,
+    "binding": _exchange_colors,
 }

@@ -47,16 +47,28 @@ def effective_rank(row_ND: np.ndarray) -> float:
 
     Centred, as the common direction of a modality says nothing of what its rows tell apart. Raises EvaluationError for rows that do not vary.
     """
+    singular_D = np.sqrt(_variances(row_ND))
+    return float(np.exp(special.entr(singular_D / singular_D.sum()).sum()))
+
+
+def spectrum(row_ND: np.ndarray) -> np.ndarray:
+    """Return which share of the variance of the unit rows lies along each principal direction, float64 [D], the largest first; raises as `effective_rank`."""
+    variance_D = _variances(row_ND)
+    return variance_D / variance_D.sum()
+
+
+def _variances(row_ND: np.ndarray) -> np.ndarray:
+    """Return the squared singular values [D] of the centred unit rows, the largest first."""
     unit_ND = unit_rows(row_ND)
     mean_D = unit_ND.mean(0, dtype=np.float64)
     gram_DD = np.zeros((unit_ND.shape[1],) * 2)
     for start in range(0, len(unit_ND), _ROWS_AT_ONCE):
         centred_BD = unit_ND[start : start + _ROWS_AT_ONCE] - mean_D
         gram_DD += centred_BD.T @ centred_BD
-    singular_D = np.sqrt(np.maximum(np.linalg.eigvalsh(gram_DD), 0))
-    if not singular_D.sum() > 1e-6 * len(unit_ND) ** 0.5:
-        raise EvaluationError("The effective rank is not defined: all rows are the same.", "Give rows that differ.")
-    return float(np.exp(special.entr(singular_D / singular_D.sum()).sum()))
+    variance_D = np.maximum(np.linalg.eigvalsh(gram_DD), 0)[::-1]
+    if not np.sqrt(variance_D).sum() > 1e-6 * len(unit_ND) ** 0.5:
+        raise EvaluationError("Effective rank and spectrum are not defined: all rows are the same.", "Give rows that differ.")
+    return variance_D
 
 
 def hubness(query_ND: np.ndarray, candidate_MD: np.ndarray, k: int = 10) -> float:
@@ -68,6 +80,17 @@ def hubness(query_ND: np.ndarray, candidate_MD: np.ndarray, k: int = 10) -> floa
         raise EvaluationError(f"Hubness at {k} neighbours needs more than {k} candidates, found {len(candidate_MD)}.", "Give more rows.")
     occurrence_M = np.bincount(top_k(unit_rows(query_ND), unit_rows(candidate_MD), k).reshape(-1), minlength=len(candidate_MD))
     return 0.0 if occurrence_M.min() == occurrence_M.max() else float(stats.skew(occurrence_M))
+
+
+def caption_margins(image_ND: np.ndarray, true_ND: np.ndarray, false_ND: np.ndarray) -> np.ndarray:
+    """Return by how much each image's cosine with its true caption exceeds that with its false one, float64 [N]."""
+    image_ND = unit_rows(image_ND).astype(np.float64)
+    return (image_ND * (unit_rows(true_ND) - unit_rows(false_ND).astype(np.float64))).sum(axis=1)
+
+
+def preference(margin_N: np.ndarray) -> float:
+    """Return how often the true caption wins, in percent; a tie counts half, so that a model that sees no difference is at 50."""
+    return 100 * float(((margin_N > 0) + 0.5 * (margin_N == 0)).mean())
 
 
 def target_entropy(query_ND: np.ndarray, candidate_MD: np.ndarray, scale: float) -> float:

@@ -7,14 +7,18 @@ same number "GMACs" or "FLOPs".
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdstore.errors import ModelError
 from kdstore.models.load import parameter_counts, quiet
 from kdstore.models.names import resolve
 
@@ -42,6 +46,18 @@ def cost_of(name: str) -> Cost:
     counts = parameter_counts(clip)
     in_image = sum(p.numel() for p in clip.visual.parameters())
     return Cost(counts["total"], counts["without_token_embedding"], in_image, image_gmacs, text_gmacs, pixels)
+
+
+def parameters_of(model_config: dict[str, Any]) -> dict[str, int]:
+    """Count the parameters of an open_clip configuration, as a store's identity records it; raises ModelError for one that open_clip does not build."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_config, "preprocess_cfg": {}}))
+        try:
+            with quiet(), torch.device("meta"):
+                clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False, device="meta")
+        except Exception as e:  # whatever a stranger's configuration does to open_clip
+            raise ModelError(f"open_clip cannot build the teacher that the store names: {e}", "Its parameters are not known.") from e
+    return parameter_counts(clip)
 
 
 def gmacs(encode: Callable[[torch.Tensor], Any], sample: torch.Tensor) -> float:
