@@ -16,14 +16,14 @@ from kdstore.store import open_store
 from kdstore.study.diagnostics import EXPLAINED, diagnose_pair, diagnose_student, diagnose_teacher, draw
 
 WORDS = ("binding", "relation", "color", "shape", "count")
-PROBES, SEEN = f"scenes/retrieval:36?swapped={','.join(WORDS)}", "scenes:36"
+PROBES = f"scenes/retrieval:36?swapped={','.join(WORDS)}"
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Store `trained` of a demo teacher and `random` of an untrained model of other width, over probes; `seen` of the first over training scenes."""
+    """Stores `trained` of a demo teacher and `random` of an untrained model of other width, over probes; `other` of the latter over other scenes."""
     folder = tmp_path_factory.mktemp("stores")
-    for name, teacher, seed, data in (("trained", "scenes-S", None, PROBES), ("seen", "scenes-S", None, SEEN), ("random", "scenes-T", 0, PROBES)):
+    for name, teacher, seed, data in (("trained", "scenes-S", None, PROBES), ("random", "scenes-T", 0, PROBES), ("other", "scenes-T", 0, "scenes:20")):
         extract(ExtractConfig(teacher=teacher, untrained_seed=seed, data=data, out=str(folder / name), device="cpu", unit_rows=32))
     return folder
 
@@ -60,8 +60,8 @@ def test_sensitivity_is_counted_over_the_images_that_have_a_pair(stores: Path) -
 
 
 def test_a_student_that_is_its_teacher_has_taken_over_everything(stores: Path) -> None:
-    sources = open_source(PROBES), open_source(SEEN)
-    student = diagnose_student("scenes-S", stores / "trained", stores / "seen", sources, samples=32, words=WORDS)["measures"]
+    source = open_source(PROBES)
+    student = diagnose_student("scenes-S", stores / "trained", stores / "trained", (source, source), samples=32, words=WORDS)["measures"]
     teacher = diagnose_teacher(stores / "trained", samples=32, words=WORDS)["measures"]
     assert student["capacity_gap"] == 1
     for rows in ("probes", "seen"):
@@ -81,7 +81,7 @@ def test_teachers_of_other_widths_agree_less_with_each_other_than_with_themselve
 
 def test_what_cannot_be_compared_is_refused(stores: Path) -> None:
     with pytest.raises(IdentityMismatch, match="different rows"):
-        diagnose_pair(stores / "trained", stores / "seen", samples=20)
+        diagnose_pair(stores / "trained", stores / "other", samples=20)
     with pytest.raises(EvaluationError, match="36 images"):
         diagnose_teacher(stores / "trained", samples=37)
     with pytest.raises(EvaluationError, match="two for each of color"):
