@@ -60,8 +60,8 @@ def test_sensitivity_is_counted_over_the_images_that_have_a_pair(stores: Path) -
 
 
 def test_a_student_that_is_its_teacher_has_taken_over_everything(stores: Path) -> None:
-    source = open_source(PROBES)
-    student = diagnose_student("scenes-S", stores / "trained", stores / "trained", (source, source), samples=32, words=WORDS)["measures"]
+    store = stores / "trained", open_source(PROBES)
+    student = diagnose_student("scenes-S", store, store, samples=32, words=WORDS)["measures"]
     teacher = diagnose_teacher(stores / "trained", samples=32, words=WORDS)["measures"]
     assert student["capacity_gap"] == 1
     for rows in ("probes", "seen"):
@@ -87,4 +87,4 @@ def test_what_cannot_be_compared_is_refused(stores: Path) -> None:
     with pytest.raises(EvaluationError, match="two for each of color"):
         diagnose_teacher(stores / "trained", samples=20, words=("color",))
     with pytest.raises(IdentityMismatch, match="is not what"):
-        diagnose_student("scenes-S", stores / "trained", None, (open_source("scenes/retrieval:36"), None), samples=20)
+        diagnose_student("scenes-S", *[(stores / "trained", open_source("scenes/retrieval:36"))] * 2, samples=20)

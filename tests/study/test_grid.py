@@ -108,6 +108,16 @@ def test_a_recipe_is_read_from_a_file_with_settings_of_the_command_line(tmp_path
         read_study(path, ["seeds=[5]"])
 
 
+def test_diagnostics_are_of_every_teacher_every_two_and_one_student_of_each_arm():
+    probes = "scenes/retrieval:50?swapped=color,count"
+    plain, plan = planned(), planned(study={**TABLES["study"], "probes": probes, "probe_samples": 40})
+    assert plain.tasks.keys() < plan.tasks.keys()
+    assert {kind: len(of_kind(plan, f"diagnose-{kind}")) for kind in ("teacher", "pair", "student")} == {"teacher": 2, "pair": 1, "student": 2 * 2 * 2}
+    assert len([task for task in of_kind(plan, "extract") if task.settings["data"] == probes]) == 2
+    assert {str(task.settings["words"]) for task in of_kind(plan, "diagnose-student")} == {"['color', 'count']"}
+    assert set(plan.pairs) == {("S", "L")}
+
+
 def test_planning_needs_no_torch():
     code = "import sys, kdstore.study.grid, kdstore.study.folder; sys.exit('torch' in sys.modules or 'open_clip' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -62,7 +62,8 @@ def _rename(attribute: str) -> Callable[[Dice, Scene], Pair | None]:
         there = {getattr(t, attribute) for t in down}
         old = dice.pick(sorted(there))
         new = dice.pick([value for value in ATTRIBUTES[attribute] if value not in there])
-        return order_caption(down), order_caption([replace(t, **{attribute: new}) if getattr(t, attribute) == old else t for t in down])
+        named = [replace(t, **{attribute: new}) if getattr(t, attribute) == old else t for t in down]  # type: ignore[arg-type]
+        return order_caption(down), order_caption(named)
 
     return pair
 

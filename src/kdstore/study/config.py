@@ -38,6 +38,8 @@ class Grid:
     random_seed: int = 2_000
     margin: float = 1.0  # points of VQA that count as nothing
     without_controls: tuple[str, ...] = ()
+    probes: str | None = None  # what diagnostics are measured on, such as scenes/retrieval:1000?swapped=color,shape (docs/scenes.md); default: no diagnostics
+    probe_samples: int = 1_000  # images of it, and of `data`
     sweep_seed: int = 3_000
     sweep_samples: int | None = None  # that every trial of [sweep] sees
     sweep_data: str | None = None  # pairs that choose among the trials: neither trained on nor reported

@@ -6,10 +6,10 @@ one unit at a time. What captions say is tested by pairs of a true and a false c
 
 Tasks that a study makes of it:
 
-    extract            every teacher over [study] probes, embeddings alone: images that no student has seen, with swapped captions
-    diagnose-teacher   needs that store                            settings: samples, words (the classes of words swapped, in the order of the source)
-    diagnose-pair      needs two of them                           settings: samples
-    diagnose-student   needs the run, the teacher's store of probes, and the store it learned from       settings: samples, words
+    extract            of every teacher over [study] probes, embeddings alone: images that no student has seen, with swapped captions
+    diagnose-teacher   needs that store; settings: samples, words (the classes of words swapped, in the order of the source)
+    diagnose-pair      needs two of them; settings: samples
+    diagnose-student   needs the run, the teacher's store of probes, and the store it learned from; settings: samples, words
 
 A student is its run folder, so that its measures need torch, which is imported where a model is opened.
 
@@ -128,9 +128,9 @@ def diagnose_pair(first: str | Path, second: str | Path, *, samples: int) -> dic
 
 
 def diagnose_student(
-    run: str | Path, probes: str | Path, seen: str | Path | None, sources: tuple[Source, Source | None], *, samples: int, words: Sequence[str] = ()
+    run: str | Path, probes: tuple[str | Path, Source], seen: tuple[str | Path, Source], *, samples: int, words: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Measure a student as its teacher is, and how far the two agree on `probes` and on rows `seen` in training; `sources` are those of the two stores."""
+    """Measure a student as its teacher is, and how far the two agree on `probes` and on rows `seen` in training: each a store of the teacher and its source."""
     from kdstore.evaluate.gallery import open_model
     from kdstore.models.load import parameter_counts
     from kdstore.progress import silent
@@ -138,9 +138,7 @@ def diagnose_student(
     model = open_model(str(run), None, "auto", "fp32", silent)
     assert model is not None
     measures: dict[str, float] = {}
-    for name, path, source in (("probes", probes, sources[0]), ("seen", seen, sources[1])):
-        if path is None or source is None:
-            continue
+    for name, (path, source) in (("probes", probes), ("seen", seen)):
         store = open_store(path)
         drawn = draw(store, samples, words if name == "probes" else ())
         student = encode_side(model, source, store, drawn)

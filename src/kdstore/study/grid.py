@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from urllib.parse import parse_qsl
 
 from kdstore.jsonfile import digest_of
 from kdstore.study.config import StudyConfig
@@ -58,7 +59,7 @@ def task_of(record: dict[str, Any]) -> Task:
 
 
 Cell = dict[str, str]
-"""Role -> digest of the task that plays it: `extract`, `distill`, `retrieval`, `vqa/<data set>`."""
+"""Role -> digest of the task that plays it: `extract`, `distill`, `retrieval`, `vqa/<data set>`, `diagnose-teacher`, `diagnose-student`."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tasks of a study by digest, each after those that it needs; its arms; and the extraction of each teacher, by label."""
+    """All tasks of a study by digest, each after those that it needs; its arms; and what teachers' labels stand for: their extractions, and their pairs."""
 
     tasks: dict[str, Task]
     arms: tuple[Arm, ...]
     stores: dict[str, str]
+    pairs: dict[tuple[str, str], str]  # labels of two teachers -> how far they agree
 
     def of_kind(self, kind: str) -> list[Task]:
         return [task for task in self.tasks.values() if task.kind == kind]
@@ -101,7 +103,7 @@ def plan_study(config: StudyConfig) -> Plan:
     for seed in config.grid.seeds:
         for arm in builder.arms(seed):
             arms.setdefault(arm.id, arm).cells.update(arm.cells)
-    return Plan(builder.tasks, tuple(arms.values()), builder.stores)
+    return Plan(builder.tasks, tuple(arms.values()), builder.stores, builder.pairs())
 
 
 @dataclass
@@ -111,6 +113,7 @@ class _Builder:
     config: StudyConfig
     tasks: dict[str, Task] = field(default_factory=dict)
     stores: dict[str, str] = field(default_factory=dict)
+    probes: dict[str, str] = field(default_factory=dict)  # label -> the teacher's extraction over the probes
 
     def arms(self, seed: int) -> Iterator[Arm]:
         """Yield the arms with one seed's cells."""
@@ -119,7 +122,8 @@ class _Builder:
         for label, model in config.teachers.items():
             self.stores[label] = self.extract(label, {"teacher": model})
             vqa = grid.vqa if "teacher itself" not in without else ()
-            yield Arm("teacher", None, label, None, None, None, {seed: {"extract": self.stores[label], **self.scored(label, {"model": model}, (), seed, vqa)}})
+            cell = {"extract": self.stores[label], **self.scored(label, {"model": model}, (), seed, vqa), **self.diagnosed(label, model)}
+            yield Arm("teacher", None, label, None, None, None, {seed: cell})
         first = next(iter(config.teachers))
         if "random teacher" not in without:
             random = grid.random_architecture or _architecture(config.teachers[first])
@@ -136,6 +140,9 @@ class _Builder:
             for samples, loss, (control, label, store) in itertools.product(grid.samples, grid.losses, taught):
                 permuted = {"permute_targets": seed} if control == "permuted targets" else {}
                 cell = self.student(student, f"{control or label}", store, loss, samples, seed, permuted)
+                if label in self.probes and not control and seed == grid.seeds[0]:  # one student of each arm
+                    needs = (cell["distill"], self.probes[label], store)
+                    cell["diagnose-student"] = self.add("diagnose-student", self.tasks[cell["distill"]].label, self.measured(), needs)
                 yield Arm("control" if control else "student", control, label, student, loss, samples, {seed: cell})
 
     def controls_of(self, student: str, seed: int) -> Iterator[Arm]:
@@ -198,6 +205,25 @@ class _Builder:
     def vqa(self, label: str, model: dict[str, Any], needs: tuple[str, ...], seed: int, name: str, *, controls: bool) -> str:
         settings = {**self.config.stages["vqa"], **self.config.vqa_of.get(name, {}), "dataset": name, "seeds": [seed], "controls": controls}
         return self.add("vqa", f"{label}, head's seed {seed}", {**settings, **model}, needs)
+
+    def diagnosed(self, label: str, model: str) -> Cell:
+        """Add the diagnostics of a teacher, where the recipe names probes: embeddings of these alone, whatever else its store for the students has."""
+        if self.config.grid.probes is None:
+            return {}
+        kept = {name: value for name, value in self.config.stages["extract"].items() if name in ("precision", "dtype", "unit_rows")}
+        self.probes[label] = self.add("extract", f"{label}, probes", {**kept, "data": self.config.grid.probes, "teacher": model}, ())
+        return {"diagnose-teacher": self.add("diagnose-teacher", label, self.measured(), (self.probes[label],))}
+
+    def pairs(self) -> dict[tuple[str, str], str]:
+        """Add how far each two teachers agree on the probes."""
+        settings = {"samples": self.config.grid.probe_samples}
+        both = itertools.combinations(self.probes, 2)
+        return {(a, b): self.add("diagnose-pair", f"{a} and {b}", settings, (self.probes[a], self.probes[b])) for a, b in both}
+
+    def measured(self) -> dict[str, Any]:
+        """Say what diagnostics are measured on: how many images, and which classes of words are swapped."""
+        swapped = dict(parse_qsl((self.config.grid.probes or "").partition("?")[2])).get("swapped", "")
+        return {"samples": self.config.grid.probe_samples, "words": [word for word in swapped.split(",") if word]}
 
     def add(self, kind: str, label: str, settings: dict[str, Any], needs: tuple[str, ...]) -> str:
         task = Task(kind, label, settings, needs)

@@ -89,7 +89,7 @@ def check_names(config: StudyConfig) -> None:
     from kdstore.models.names import resolve
 
     grid = config.grid
-    sources = [grid.data, grid.sweep_data, config.stages["retrieval"].get("data")]
+    sources = [grid.data, grid.probes, grid.sweep_data, config.stages["retrieval"].get("data")]
     for name in [*config.teachers.values(), *config.students.values(), *filter(None, sources)]:
         if name not in config.folders and os.sep in name and Path(name.removeprefix("local-dir:")).exists():
             raise ConfigError(f"{name} is a path of this machine, and the study is to mean the same everywhere.", f'Name it: [folders] NAME = "{name}".')

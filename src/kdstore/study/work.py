@@ -217,6 +217,28 @@ def _vqa(job: Job, on_progress: OnProgress) -> Done:
     return _evaluated(job, evaluate_vqa(make_config(VqaConfig, job.task.settings, job.machine, given), on_progress=on_progress).content)
 
 
+def _diagnose_teacher(job: Job, on_progress: OnProgress) -> Done:
+    from kdstore.study.diagnostics import diagnose_teacher
+
+    return Done(diagnose_teacher(job.needed("extract")[0]["store"], **job.task.settings), {}, {})
+
+
+def _diagnose_pair(job: Job, on_progress: OnProgress) -> Done:
+    from kdstore.study.diagnostics import diagnose_pair
+
+    first, second = (found["store"] for found in job.needed("extract"))
+    return Done(diagnose_pair(first, second, **job.task.settings), {}, {})
+
+
+def _diagnose_student(job: Job, on_progress: OnProgress) -> Done:
+    from kdstore.data.sources import open_source
+    from kdstore.study.diagnostics import diagnose_student
+
+    run, *stores = job.needs
+    probes, seen = ((found["content"]["store"], open_source(str(job.place(found["task"]["settings"]["data"])))) for found in stores)
+    return Done(diagnose_student(run["content"]["run"], probes, seen, **job.task.settings), {}, {})
+
+
 def _evaluated(job: Job, found: dict[str, Any]) -> Done:
     """Take the times out of an evaluation's result; the file that the stage wrote is replaced by the task's, and the outcomes beside it stay its own."""
     content = {name: value for name, value in found.items() if name not in ("made", "digest")}
@@ -247,7 +269,15 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-DOES: dict[str, Callable[[Job, OnProgress], Done]] = {"extract": _extract, "distill": _distill, "retrieval": _retrieval, "vqa": _vqa}
+DOES: dict[str, Callable[[Job, OnProgress], Done]] = {
+    "extract": _extract,
+    "distill": _distill,
+    "retrieval": _retrieval,
+    "vqa": _vqa,
+    "diagnose-teacher": _diagnose_teacher,
+    "diagnose-pair": _diagnose_pair,
+    "diagnose-student": _diagnose_student,
+}
 
 if __name__ == "__main__":
     with suppress(BrokenPipeError):
