@@ -41,11 +41,11 @@ def csv_table(results: Sequence[dict[str, Any]]) -> str:
     scores = _score_names(lines)
     sink = io.StringIO()
     rows = csv.writer(sink, lineterminator="\n")
-    rows.writerow(map(_inert, ["model", "row", *_TRACED, *(f"{score}{end}" for score in scores for end in ("", " low", " high"))]))
+    rows.writerow(map(inert, ["model", "row", *_TRACED, *(f"{score}{end}" for score in scores for end in ("", " low", " high"))]))
     for origin, record in lines:
         found = [record["scores"].get(score, {}) for score in scores]
         values = [value for score in found for value in (score.get("mean", ""), *score.get("interval", ("", "")))]
-        rows.writerow([*map(_inert, [origin["model"], record["row"], *(origin[label] for label in _TRACED)]), *values])
+        rows.writerow([*map(inert, [origin["model"], record["row"], *(origin[label] for label in _TRACED)]), *values])
     return sink.getvalue()
 
 
@@ -104,7 +104,7 @@ def _cell(score: dict[str, Any] | None, best: dict[str, Any] | None) -> str:
     return f"**{text}**" if score is best else text
 
 
-def _inert(text: str) -> str:
+def inert(text: str) -> str:
     """Put a quote before what a spreadsheet would run: a stranger may have named it."""
     return f"'{text}" if text.startswith(tuple("=+-@\t\r")) else text
 
