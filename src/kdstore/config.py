@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kdstore.address import is_address, redacted
 from kdstore.errors import ConfigError, UnknownName
 from kdstore.jsonfile import digest_of
 
@@ -77,8 +78,12 @@ def check_at_least_one(config: Any, *names: str) -> None:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Return a config as JSON-able settings (tuples as lists)."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    """Return a config as JSON-able settings (tuples as lists), without what is secret in addresses."""
+    return {k: [*map(_shown, v)] if isinstance(v, tuple) else _shown(v) for k, v in dataclasses.asdict(config).items()}
+
+
+def _shown(value: Any) -> Any:
+    return redacted(value) if isinstance(value, str) and is_address(value) else value
 
 
 def config_digest(config: Any, leave_out: tuple[str, ...] = ()) -> str:

@@ -78,7 +78,8 @@ def test_nothing_of_the_machine_is_in_the_card_and_what_run_json_says_is_told(co
     [
         ({"licence": None}, "needs --licence"),
         ({"citation": " ", "teacher_licence": None}, "--teacher-licence, --citation"),
-        ({"licence": "Creative Commons"}, "no licence that the Hub knows"),
+        ({"licence": "Creative Commons"}, "Unknown licence of the Hub 'Creative Commons'. For another one, give an https:// link"),
+        ({"licence": "cc-by-40"}, "Did you mean cc-by-4.0"),
         ({"mirrors": ("https://user:secret@lab.org/x",)}, "no public address"),
         ({"mirrors": ("https://lab.org/x?X-Amz-Signature=secret",)}, "no public address"),
     ],

@@ -133,7 +133,8 @@ def extract(
 @app.command()
 def distill(
     cache: Annotated[
-        list[str] | None, typer.Option(help="The store of a teacher's features, once for each teacher; without one, the student learns alone.")
+        list[str] | None,
+        typer.Option(help="The store of a teacher's features (folder or address), once for each teacher; without one, the student learns alone."),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="A teacher that runs beside the student instead of a store, as in 'kdstore extract'.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="Its tag or checkpoint file.")] = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdstore.address import is_address
 from kdstore.cli import publish
 from kdstore.cli.options import Data, Device, Json, SignedBy
 from kdstore.cli.screen import bars, in_bytes, say, show
@@ -26,11 +27,11 @@ store_app.command("import")(publish.import_features)
 
 
 @store_app.command("info")
-def store_info(path: Path, as_json: Json = False) -> None:
+def store_info(path: Annotated[str, typer.Argument(help="A folder, or an address as in 'store pull'.")], as_json: Json = False) -> None:
     """Tell what a store holds: teacher, source, arrays, digest; or how far an incomplete one is, and who writes it."""
     from kdstore import store
 
-    progress = store.store_progress(path)
+    progress = None if is_address(path) else store.store_progress(Path(path))
     if progress is None:
         show({"complete": True, **store.open_store(path).summary()}, as_json)
     else:

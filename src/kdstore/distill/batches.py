@@ -37,6 +37,8 @@ class BatchPlan:
     batch_size: int
     seed: int
     share: Share | None = None
+    block: int = 1  # pairs that lie together
+    window: int | None = None  # pairs that are shuffled with each other; None: all
 
     def __post_init__(self) -> None:
         if self.num_pairs < self.batch_size:
@@ -53,13 +55,21 @@ class BatchPlan:
         """Pairs in the short last batch of every epoch, another choice each time."""
         return self.num_pairs % self.batch_size
 
+    @property
+    def windowed(self) -> bool:
+        return self.window is not None and self.window < self.num_pairs
+
+    @cached_property
+    def order(self) -> Order:
+        return Order(self.num_pairs, self.seed, self.block, self.window)
+
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> Rows:
         """Return the pairs [B] of a step, B those of the share."""
         places_B = np.arange(self.batch_size) if self.share is None else self.share.places
-        return Order(self.num_pairs, self.seed).rows(self.epoch(step), step % self.steps_per_epoch * self.batch_size + places_B)
+        return self.order.rows(self.epoch(step), step % self.steps_per_epoch * self.batch_size + places_B)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +104,12 @@ class Maker:
     kept: Kept
     stored: tuple[Views, ...] = ()  # the views to show, of each store; none: the plain one alone
     pin: bool = False
+    announce: Callable[[int], None] | None = None  # tells the stores that a step comes
     one_tokenizer: threading.Lock = field(default_factory=threading.Lock)  # tokenizers of transformers are not thread-safe
 
     def __call__(self, step: int) -> Batch:
+        if self.announce is not None:
+            self.announce(step)
         pairs_B, views_B, teachers = self.plan.batch(step), self.views(step), self.teachers(step)
         ids_B = self.pairs.texts.ids[self.texts(step)]
         synthetic_ids_B = None if self.pairs.synthetic is None else self.pairs.synthetic.ids[self.synthetic_texts(step)]

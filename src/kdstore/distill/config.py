@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdstore.address import store_name
 from kdstore.errors import ConfigError, UnknownName
 
 
@@ -23,6 +25,9 @@ class DistillConfig:
     augment_flip: float = 0.0  # probability; captions tell left from right
     augment_operations: int = 2  # of RandAugment
     augment_strength: float = 0.3  # of these, 1 the strongest
+    cache_folder: str | None = None  # of stores that are used where they are; default: KDSTORE_CACHE, or kdstore in the user's cache folder (docs/sharing.md)
+    cache_gib: float | None = None  # that it may hold; default: KDSTORE_CACHE_GIB, or 32
+    shuffle: str = "auto"  # full; windows:ROWS of whole shards; auto: windows for stores that are elsewhere and larger than the cache
     data: str | None = None  # the source of images; default: the one that the store records
     student: str = "ViT-T-16"
     init: str = "scratch"  # or a model folder, a file or tag of the student's architecture, or inherit[:MODEL], by default the teacher (docs/students.md)
@@ -72,7 +77,7 @@ class DistillConfig:
             if getattr(self, name) not in known:
                 raise UnknownName.of(f"value of {name}", getattr(self, name), known)
         if self.cache and self.teacher:
-            raise ConfigError(f"Both a store ({', '.join(self.caches)}) and a live teacher ({self.teacher}) are given.", "Give --cache or --teacher.")
+            raise ConfigError(f"Both a store and a live teacher ({self.teacher}) are given.", "Give --cache or --teacher.")
         if self.augment != "none" and not self.teacher:
             found = "Unstorable augmentation: a random view is drawn anew in every epoch, and a store holds no target of it."
             raise ConfigError(found, "Extract a store with --views K and leave augment out, or run the teacher live with --teacher.")
@@ -83,6 +88,8 @@ class DistillConfig:
             raise ConfigError(found, "Leave projector at auto.")
         if self.permute_targets is not None and (self.text_tower == "frozen" or not (self.cache or self.teacher)):
             raise ConfigError("permute_targets permutes what a teacher says, and here it says nothing, or is the student's text tower.", "Leave it out.")
+        if not re.fullmatch(r"auto|full|windows:[1-9]\d{0,14}", self.shuffle):
+            raise UnknownName.of("value of shuffle", self.shuffle, ("auto", "full", "windows:ROWS"))
         if self.samples is not None and self.epochs is not None:
             raise ConfigError(f"Both samples ({self.samples}) and epochs ({self.epochs}) are given.", "Give one of them.")
         if self.samples is not None and self.samples < self.batch_size:
@@ -101,7 +108,7 @@ class DistillConfig:
     @property
     def run_path(self) -> Path:
         """The run folder: `out` or its default."""
-        teacher = "+".join(Path(cache).resolve().name for cache in self.caches) or (f"online-{self.teacher}" if self.teacher else "no-teacher")
+        teacher = "+".join(map(store_name, self.caches)) or (f"online-{self.teacher}" if self.teacher else "no-teacher")
         name = f"{self.student}_{self.loss}_{teacher}_seed{self.seed}"
         return Path(self.out) if self.out else Path("runs") / "".join(c if c.isalnum() or c in "._-+" else "-" for c in name.replace(" ", ""))
 
@@ -126,10 +133,11 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("beta1", "beta2", "warmup", "ema"), (0, 1)),
     **dict.fromkeys(("eps", "cache_weights", "teacher_temperature"), (1e-30, 1e9)),
     **dict.fromkeys(("seed", "permute_targets"), (0, 2**63)),
+    "cache_gib": (1e-9, 2**30),
 }
 
 MACHINE = (
-    *("cache", "teacher", "pretrained", "data", "teacher_weights", "out", "resume", "device", "threads", "memory_gib", "log_every", "save_every"),
-    *("micro_batch", "grad_checkpointing", "compile", "max_skipped", "validate_data", "validate_cache", "validate_every"),
+    *("cache", "cache_folder", "cache_gib", "teacher", "pretrained", "data", "teacher_weights", "out", "resume", "device", "threads", "memory_gib"),
+    *("log_every", "save_every", "micro_batch", "grad_checkpointing", "compile", "max_skipped", "validate_data", "validate_cache", "validate_every"),
 )
 """Left out of what decides a result (to rounding); the store enters by its digest and the source by its fingerprint, not by their paths."""

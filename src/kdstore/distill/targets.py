@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 from kdstore.distill.pairs import Pairs
 from kdstore.distill.tokens import Standard, channel_standard, phi_s_standard
 from kdstore.errors import ConfigError, IdentityMismatch, MissingFeature, StoreError
-from kdstore.store import Store, StoredViews, open_family, open_store, read_stats, sampled_covariance, stored_views
+from kdstore.store import Cache, Store, StoredViews, family_of, open_store, read_stats, sampled_covariance, stored_views
 
 Rows = npt.NDArray[np.int64]
 VIEW_ROWS = 1 << 16  # images whose views are compared at once
@@ -86,27 +85,27 @@ class StoreTargets:
         return read(name, rows, views)
 
 
-def open_stores(paths: Sequence[str]) -> tuple[Store, ...]:
+def open_stores(paths: Sequence[str], cache: Cache | None = None) -> tuple[Store, ...]:
     """Open the stores of a run's teachers, in the order of `paths`: a child together with its parent, which is one of `paths` or lies beside it.
 
     Raises ConfigError for a store or a teacher that is given twice, IdentityMismatch for a child whose parent is not there, and what `open_family` raises.
     """
-    stores = [open_store(path) for path in paths]
+    stores = [open_store(path, cache) for path in paths]
     if len({store.digest for store in stores}) < len(stores):
-        raise ConfigError(f"One store is given twice among {', '.join(paths)}.", "Give each --cache once.")
+        raise ConfigError(f"One store is given twice among {', '.join(store.place for store in stores)}.", "Give each --cache once.")
     given = {store.digest: store for store in stores}
     roots: dict[str, Store] = {}
-    children: dict[str, list[Path]] = {}
+    children: dict[str, list[Store]] = {}
     for store in stores:
         parent = parent_digest(store)
         root = store if parent is None else given.get(parent) or _parent_of(store, parent)
         roots.setdefault(root.digest, root)
-        children.setdefault(root.digest, []).extend([] if root is store else [store.path])
+        children.setdefault(root.digest, []).extend([] if root is store else [store])
     for one, other in combinations(roots.values(), 2):
         if one.identity["teacher"] == other.identity["teacher"]:
             found = f"{one.path} and {other.path} hold features of one teacher, which would count as two."
             raise ConfigError(found, "Make one store of their rows with kdstore store concat, or give one of them.")
-    return tuple(open_family(root.path, *children[digest]) if children[digest] else root for digest, root in roots.items())
+    return tuple(family_of(root, children[digest]) if children[digest] else root for digest, root in roots.items())
 
 
 def parent_digest(store: Store) -> str | None:

@@ -33,6 +33,7 @@ from kdstore.distill.losses import EMBEDDINGS, needs_of, parse_loss, parts_of, t
 from kdstore.distill.objective import Objective, Teacher
 from kdstore.distill.online import OnlineTargets, online_targets
 from kdstore.distill.optimiser import choose_precision
+from kdstore.distill.order import Announcer, check_cache, shuffle_of, windows_of
 from kdstore.distill.pairs import INVALID, Pairs, pairs_of_source, pairs_of_stores, sides_of
 from kdstore.distill.permuted import permute_targets
 from kdstore.distill.runfolder import AVERAGE, RUN, begin_run, load_checkpoint, read_checkpoint, run_state
@@ -47,7 +48,7 @@ from kdstore.models.load import DTYPES, Model, parameter_counts
 from kdstore.models.names import local_config
 from kdstore.models.pixels import Kept, split_preprocess
 from kdstore.progress import OnProgress, silent
-from kdstore.store import Store, fingerprint_of
+from kdstore.store import Cache, Store, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def _distill(
                 f"The loss '{config.loss}' needs a teacher's {', '.join(needs)}, but there is no store.",
                 "Give --cache STORE or --teacher MODEL, or --loss none.",
             )
-        stores = open_stores(config.caches)
+        cache = Cache.default(config.cache_folder, config.cache_gib)
+        stores = open_stores(config.caches, cache)
         check_imported(config, stores, needs)
         stored = views_to_show(config.views, stores, needs)
         shown: tuple[Views, ...] = stored
@@ -109,7 +111,10 @@ def _distill(
             taught, shown = (online,) if needs else (), (online.views,) if online.views else ()
         teachers = describe_teachers(config, taught)
         source = source or _open_source(config, stores)
-        settings = _settings(config, stores, source, online, live, choose_precision(config.precision, device), "stored" if stores and shown else "plain")
+        read = [name for name in needs if "/" in name] + ["image/view"] * bool(stored)
+        shuffle = shuffle_of(config, stores, read if taught else (), cache)
+        views = "stored" if stores and shown else "plain"
+        settings = _settings(config, stores, source, online, live, choose_precision(config.precision, device), views, shuffle)
     _check_alike(world, settings)
     state = world.from_first(lambda: run_state(path, settings, resume=config.resume))
     if state == "finished":
@@ -121,7 +126,8 @@ def _distill(
         if config.permute_targets is not None:
             taught = permute_targets(taught, pairs, config.permute_targets)
         share = Share.of(config.batch_size, world, config.micro_batch)
-        plan = BatchPlan(len(pairs), config.batch_size, config.seed, share)
+        plan = BatchPlan(len(pairs), config.batch_size, config.seed, share, *windows_of(shuffle, stores, read))
+        fetched = check_cache(plan, pairs, stores, read, cache, permuted=config.permute_targets is not None)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         with world.together():
             student = build_student(config, stores[0] if stores else None, device)
@@ -129,7 +135,8 @@ def _distill(
             keep, finish = split_preprocess(model.preprocess)
             kept = Kept(0 if config.augment == "random" else int(config.memory_gib * 2**30))  # what is drawn anew comes once
             tokenizer = None if config.text_tower == "frozen" else model.tokenizer
-            make = Maker(plan, pairs, source, taught, needs, keep, tokenizer, kept, shown, pin=device.type == "cuda")
+            announce = Announcer(plan, pairs, stores, read) if fetched else None
+            make = Maker(plan, pairs, source, taught, needs, keep, tokenizer, kept, shown, pin=device.type == "cuda", announce=announce)
         teachers = match_temperatures(config, teachers, make, world)
         with world.together():
             training = _start(config, model, teachers, plan, share, finish, DTYPES[settings["precision"]])
@@ -193,10 +200,17 @@ def _pairs(config: DistillConfig, stores: Sequence[Store], source: Source, needs
 
 
 def _settings(
-    config: DistillConfig, stores: Sequence[Store], source: Source, online: OnlineTargets | None, live: Sequence[Targets], precision: str, views: str
+    config: DistillConfig,
+    stores: Sequence[Store],
+    source: Source,
+    online: OnlineTargets | None,
+    live: Sequence[Targets],
+    precision: str,
+    views: str,
+    shuffle: str,
 ) -> dict[str, Any]:
     """All that decides the result of a run, so that a run folder is continued by the same run only."""
-    chosen = {name: value for name, value in as_dict(config).items() if name not in MACHINE}
+    chosen = {name: value for name, value in as_dict(config).items() if name not in (*MACHINE, "shuffle")} | ({} if shuffle == "full" else {"shuffle": shuffle})
     features = [digest for store in stores for digest in store.digests] or [type(targets).__name__ for targets in live]
     if online is not None:
         features = [digest_of(online.identity)]
@@ -258,16 +272,17 @@ def _provenance(
         "settings": settings,
         "settings_digest": digest_of(settings),
         "config": as_dict(t.config),
-        "stores": [{"path": str(store.path), "digests": store.digests, "identity": store.identity} for store in stores],
+        "stores": [{"path": store.place, "digests": store.digests, "identity": store.identity} for store in stores],
         "online": None if online is None else online.identity,
         "source": source.spec,
         "pairs": {
             "used": len(pairs),
             "left_out": pairs.left_out,
-            "lacking": {str(store.path): lacking for k, store in enumerate(stores) if (lacking := pairs.lacking(k))},
+            "lacking": {store.place: lacking for k, store in enumerate(stores) if (lacking := pairs.lacking(k))},
             "dropped_per_epoch": plan.dropped,
             "epochs": t.steps / plan.steps_per_epoch,
         },
+        "order": {"block": plan.block, "window": plan.window} if plan.windowed else "full",
         "loss": {"terms": t.objective.weights, "teachers": t.objective.account()},
         "student": {"name": model.name.name, "config": model.config, "parameters": parameter_counts(model.clip), "started_from": student.started_from},
         "ema": None if t.average is None else {"decay": t.average.decay, "student": AVERAGE},

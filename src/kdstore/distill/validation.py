@@ -27,7 +27,7 @@ from kdstore.metrics.retrieval import retrieval_recall
 from kdstore.models import towers
 from kdstore.models.pixels import Kept, Pixels
 from kdstore.progress import OnProgress
-from kdstore.store import Store, join_sources, open_store
+from kdstore.store import Cache, Store, join_sources, open_store
 
 Array = npt.NDArray[Any]
 
@@ -142,7 +142,7 @@ def make_validation(
 
 
 def _held_out(config: DistillConfig, teachers: Sequence[Store]) -> HeldOut:
-    store = None if config.validate_cache is None else open_store(config.validate_cache)
+    store = None if config.validate_cache is None else open_store(config.validate_cache, Cache.default(config.cache_folder, config.cache_gib))
     source = open_source(config.validate_data or (store.recorded_source if store is not None else ""))
     teacher = -1 if store is None else _teacher_of(store, teachers)
     images = _of_source(source) if store is None else _of_store(store, source)

@@ -123,7 +123,7 @@ def gallery_of_store(store: Store, on_progress: OnProgress, source: Source | Non
         return _checked(store.features("text/embedding", np.array([row_of[text] for text in wanted])), "texts")
 
     return Gallery(
-        str(store.path),
+        store.place,
         [keys[row] for row in rows],
         captions,
         lambda some: _checked(store.features("image/embedding", rows[np.asarray(some, np.int64)]), "images"),

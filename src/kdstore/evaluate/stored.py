@@ -30,7 +30,7 @@ def open_stores(paths: Sequence[str], array: str) -> tuple[Store, ...]:
         made = {name: store.identity[name]["digest"] for name in ("teacher", "preprocessing")}
         said.append({**made, "decoding": store.identity.get("decoding"), array: store.identity["arrays"][array]})
     for store, other in zip(stores[1:], said[1:], strict=True):
-        if differing := differing_fields(said[0], other, (str(stores[0].path), str(store.path))):
+        if differing := differing_fields(said[0], other, (stores[0].place, store.place)):
             raise EvaluationError(f"The stores hold features of different kinds: {differing}.", "Give stores that one model's extraction wrote.")
     return stores
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kdstore.store.ahead import gather_ahead
 from kdstore.store.attempt import Attempt, open_attempt
-from kdstore.store.child import Family, child_identity, open_family, plan_child
+from kdstore.store.cache import Cache
+from kdstore.store.child import Family, child_identity, family_of, open_family, plan_child
 from kdstore.store.codecfile import codec_files, codec_identity, kept_codec
 from kdstore.store.codecs import Chain, Codec, fit_chain, parse_chain
 from kdstore.store.concat import concat_stores
@@ -34,6 +35,7 @@ __all__ = [
     "Attempt",
     "Batches",
     "Begun",
+    "Cache",
     "Chain",
     "Codec",
     "Committer",
@@ -65,6 +67,7 @@ __all__ = [
     "concat_stores",
     "diff_stores",
     "embedding_array",
+    "family_of",
     "finalise_store",
     "fingerprint_of",
     "fit_chain",

@@ -73,14 +73,20 @@ def gather_ahead(
 
 
 def will_need(store: Store, name: str, rows: npt.ArrayLike) -> None:
-    """Announce the chunks of rows (of the plain view) to the kernel.
+    """Announce the chunks of rows (of the plain view) to the kernel, or their shards to the cache of a store that is elsewhere.
 
-    A hint only: damage is left to the gather, and the place of compressed chunks is a guess.
+    A hint only: damage and failures are left to the gather, and the place of compressed chunks is a guess.
     """
-    if name not in store.arrays or not hasattr(os, "posix_fadvise"):
+    if name not in store.arrays:
         return
     store, rows = store.located(name, rows)
-    spec = store.arrays[name]
+    spec, supply = store.arrays[name], store._manifest.supply
+    if supply is not None:
+        shards, first = np.unique(np.asarray(rows, np.int64) % max(spec.shape[0], 1) // spec.shard[0], return_index=True)
+        paths = [spec.shard_path(number) for number in shards[np.argsort(first)].tolist()]
+        supply.announce({path: store._manifest.files[path] for path in paths if path in store._manifest.files})
+    if supply is not None or not hasattr(os, "posix_fadvise"):
+        return
     blocks = np.unique(np.asarray(rows, np.int64) % max(spec.shape[0], 1) // spec.chunk[0])
     blocks_per_shard = spec.shard[0] // spec.chunk[0]
     for number in np.unique(blocks // blocks_per_shard).tolist():

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdstore.errors import ConfigError
+from kdstore.errors import ConfigError, UnknownName
 from kdstore.jsonfile import read_json, write_bytes
 from kdstore.store.croissant import croissant_of
 from kdstore.store.reader import Store, open_store
 
-_LICENCE = re.compile("[a-z0-9][a-z0-9.-]*")
+_LISTED = (  # at https://huggingface.co/docs/hub/repositories-licenses, but for `other`, in whose place a link is given
+    "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause "
+    "bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 "
+    "cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 "
+    "cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license "
+    "gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 "
+    "llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 pddl postgresql unknown unlicense wtfpl zlib"
+)
+LICENCES = frozenset(_LISTED.split())
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))
 TAGS = ["kdstore", "knowledge-distillation", "clip", "embeddings", "zarr"]
 
@@ -39,8 +46,8 @@ class CardConfig:
         if missing := [f"--{name}" for name, given in needed.items() if not (given or "").strip()]:
             found = f"The card needs {', '.join(missing)}, which no store knows."
             raise ConfigError(found, "Licences are words (cc-by-4.0, or what is known of the source's), --citation names a file with BibTeX.")
-        if not (_LICENCE.fullmatch(self.licence or "") or (self.licence or "").startswith("https://")):
-            raise ConfigError(f"'{self.licence}' is no licence that the Hub knows.", "Give an identifier such as cc-by-4.0, or an https:// link.")
+        if self.licence not in LICENCES and not str(self.licence).startswith("https://"):
+            raise UnknownName.of("licence of the Hub", str(self.licence), LICENCES, "For another one, give an https:// link to its text.")
         if wrong := [url for url in self.mirrors if "://" not in url or "?" in url or "@" in url.partition("://")[2].partition("/")[0]]:
             raise ConfigError(f"'{wrong[0]}' is no public address of a copy.", "Give URLs as 'kdstore store pull' takes them, without a password or a query.")
 

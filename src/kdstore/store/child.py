@@ -22,7 +22,7 @@ from kdstore.store.codecs import Codec
 from kdstore.store.derive import Part, plan_of, rows_of_keys
 from kdstore.store.gather import integers, wrapped
 from kdstore.store.join import positions
-from kdstore.store.manifest import Manifest, read_manifest
+from kdstore.store.manifest import Manifest
 from kdstore.store.plan import Plan, Side
 from kdstore.store.reader import Store, open_store
 
@@ -149,7 +149,12 @@ def _inverse(rows: Int64, size: int) -> Int64:
 
 def open_family(path: str | Path, *children: str | Path) -> Family:
     """Open a store with children of it; raises IdentityMismatch for a store that is not its child, and what `open_store` raises."""
-    return Family(read_manifest(Path(path)), [open_store(child) for child in children])
+    return family_of(open_store(path), [open_store(child) for child in children])
+
+
+def family_of(parent: Store, children: Sequence[Store]) -> Family:
+    """Make one of stores that are open; raises what `open_family` raises."""
+    return Family(parent._manifest, children)
 
 
 def _open_again(parent: tuple[Any, ...], children: tuple[tuple[Any, ...], ...]) -> Family:

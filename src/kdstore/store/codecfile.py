@@ -47,7 +47,7 @@ class StoredCodec:
             path = parameter_path(self.name, parameter)
             parameters[parameter] = manifest.load(path, math.prod(shape), "<f4").reshape(shape)
             if not np.isfinite(parameters[parameter]).all():
-                raise DamagedStore(f"{manifest.root / path} holds numbers that are not finite.", RESTORE)
+                raise DamagedStore(f"{manifest.where(path)} holds numbers that are not finite.", RESTORE)
         return Codec(self.chain, self.row_shape, parameters, self.record)
 
 
@@ -107,7 +107,7 @@ def stored_codecs(manifest: Manifest, arrays: dict[str, ArraySpec]) -> dict[str,
 
 def _stored(manifest: Manifest, spec: ArraySpec, codec: Any) -> StoredCodec:
     path = description_path(spec.name)
-    where = manifest.root / path
+    where = manifest.where(path)
     said = parse_json(manifest.read(path, MAX_METADATA_BYTES), where)
     try:
         if codec != {"name": said["codec"], "digest": said["digest"]}:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from kdstore.errors import DamagedStore
 from kdstore.store.kernel import COPIED, UNKNOWN, Int64, copy_rows
 from kdstore.store.layout import BLOSC, PLAIN, ZSTD, ArraySpec, rows_said
-from kdstore.store.manifest import RESTORE, Manifest
+from kdstore.store.manifest import RESTORE, Manifest, let_go
 from kdstore.store.mapping import CAN_MAP, guard, map_file, will_need
 from kdstore.store.shard import CRC_BYTES, Bytes, crc32c, decode_chunk, decode_chunk_with_zarr, index_bytes, parse_index
 
@@ -52,7 +52,8 @@ class ArrayReader:
         self._manifest = manifest
         self._spec = spec
         self._crcs = manifest.load(spec.checks_path, spec.num_chunks, "<u4")
-        self._mapped = CAN_MAP and spec.codecs == PLAIN and spec.chunk[0] * spec.row_bytes <= MAPPED_CHUNK_BYTES
+        self._remote = manifest.supply is not None  # its files may go when nobody reads them, so none stays mapped or open
+        self._mapped = CAN_MAP and not self._remote and spec.codecs == PLAIN and spec.chunk[0] * spec.row_bytes <= MAPPED_CHUNK_BYTES
         self._addresses = np.zeros(spec.num_chunks if self._mapped else 0, np.uint64)  # of mapped chunks; 0 = not yet checked
         self._checked = np.zeros(0 if self._mapped else spec.num_chunks, bool)
         self._ends = np.zeros(spec.num_shards if self._mapped else 0, np.uint64)  # addresses of the last four bytes
@@ -60,7 +61,8 @@ class ArrayReader:
         self._seals = np.zeros(spec.num_shards, np.uint64)  # what these bytes must be
         self._indices: dict[int, Int64] = {}
         self._maps: dict[int, Bytes] = {}
-        self._descriptors: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._open: weakref.WeakValueDictionary[int, _Descriptor] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[int, _Descriptor] = OrderedDict()
 
     def gather(self, rows: npt.ArrayLike, views: npt.ArrayLike | None, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         """Do what `Store.gather` says."""
@@ -75,6 +77,8 @@ class ArrayReader:
             self._check_mapped(chunks_B)
             copied = self._copy_mapped(rows_B, views_B, out)
             assert copied
+        elif self._remote:
+            self._read_by_shard(chunks_B, rows_B % self._spec.chunk[0] * self._spec.row_bytes, _as_bytes(out))
         else:
             self._read(chunks_B, rows_B % self._spec.chunk[0] * self._spec.row_bytes, _as_bytes(out))
         return out
@@ -120,6 +124,23 @@ class ArrayReader:
             will_need(self._maps[int(run[0]) // self._spec.chunks_per_shard][begin : end + length])
         for chunk in chunks.tolist():
             self._addresses[chunk] = self._checked_payload(chunk).ctypes.data
+
+    def _read_by_shard(self, chunks_B: Int64, starts_B: Int64, out: Bytes) -> None:
+        """Read one shard after the other: whoever waits for room in a cache holds none of its files, so nobody waits for ever."""
+        assert self._manifest.supply is not None
+        shards_B = chunks_B // self._spec.chunks_per_shard
+        numbers = np.unique(shards_B).tolist()
+        paths = [self._spec.shard_path(number) for number in numbers[1:]]
+        self._manifest.supply.announce({path: self._manifest.entry(path) for path in paths})
+        for number in numbers:
+            part = np.flatnonzero(shards_B == number)
+            held = _Descriptor(self._manifest.descriptor(self._spec.shard_path(number)))  # may take a download, so not under the lock
+            with _opening:
+                self._open[number] = held
+            rows = np.empty((len(part), out.shape[1]), np.uint8)
+            self._read(chunks_B[part], starts_B[part], rows)
+            out[part] = rows
+            del held
 
     def _read(self, chunks_B: Int64, starts_B: Int64, out: Bytes) -> None:
         """Read row after row in the order of the file; a chunk that must be decoded or checked is so once for all of its rows."""
@@ -195,7 +216,7 @@ class ArrayReader:
         with _opening:
             if number not in self._indices:
                 path = self._spec.shard_path(number)
-                entry, where = self._manifest.entry(path), self._manifest.root / path
+                entry, where = self._manifest.entry(path), self._manifest.where(path)
                 if self._spec.codecs == PLAIN and entry.size != self._spec.plain_shard_bytes(number):
                     raise DamagedStore(
                         f"{where} is listed with {entry.size} bytes, its shape needs {self._spec.plain_shard_bytes(number)}{entry.said()}.", RESTORE
@@ -215,12 +236,14 @@ class ArrayReader:
     def _descriptor(self, number: int) -> _Descriptor:
         """Return the open descriptor of a shard; one that falls out of the table is closed when its last reader lets go."""
         with _opening:
-            descriptor = self._descriptors.get(number)
+            descriptor = self._open.get(number)
             if descriptor is None:
-                descriptor = self._descriptors[number] = _Descriptor(self._manifest.descriptor(self._spec.shard_path(number)))
-                if len(self._descriptors) > OPEN_SHARDS:
-                    self._descriptors.popitem(last=False)
-            self._descriptors.move_to_end(number)
+                descriptor = self._open[number] = _Descriptor(self._manifest.descriptor(self._spec.shard_path(number)))
+            if not self._remote:
+                self._recent[number] = descriptor
+                self._recent.move_to_end(number)
+                if len(self._recent) > OPEN_SHARDS:
+                    self._recent.popitem(last=False)
             return descriptor
 
     def _read_into(self, chunk: int, target: Bytes, offset: int) -> None:
@@ -233,17 +256,17 @@ class ArrayReader:
             done += read
 
     def _damaged(self, chunk: int, what: str) -> DamagedStore:
-        path = self._manifest.root / self._spec.shard_path(chunk // self._spec.chunks_per_shard)
+        path = self._manifest.where(self._spec.shard_path(chunk // self._spec.chunks_per_shard))
         start = chunk // self._spec.views * self._spec.chunk[0]
         stop = min(start + self._spec.chunk[0], self._spec.shape[0])
-        return DamagedStore(f"{path}: the chunk of {rows_said(start, stop)} {what}.", RESTORE)
+        return DamagedStore(f"{path}: the chunk of {rows_said(start, stop)} {what}.", self._manifest.restore)
 
     def _cut(self, number: int) -> DamagedStore:
         """Say that a shard is not what it was when it was opened, now and for every later row of it."""
         self._seals[number] = _NEVER
         path = self._spec.shard_path(number)
         start, stop = self._spec.shard_rows(number)
-        return DamagedStore(f"{self._manifest.root / path} was cut or replaced while it was read ({rows_said(start, stop)}).", RESTORE)
+        return DamagedStore(f"{self._manifest.where(path)} was cut or replaced while it was read ({rows_said(start, stop)}).", self._manifest.restore)
 
 
 class _Descriptor:
@@ -251,7 +274,7 @@ class _Descriptor:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        weakref.finalize(self, os.close, fd).atexit = False
+        weakref.finalize(self, let_go, fd).atexit = False
 
 
 def integers(indices: npt.ArrayLike, what: str) -> Int64:

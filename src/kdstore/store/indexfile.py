@@ -29,7 +29,7 @@ def read_column(manifest: Manifest, path: str, column: str) -> pa.ChunkedArray:
         values = bounded_column(file, content, column, limit, is_text if column in TEXTS else pa.types.is_integer)
         return _dense(values, limit) if pa.types.is_dictionary(values.type) else values
     except REFUSALS as e:
-        raise DamagedStore(f"{manifest.root / path} has no column {column} that can be read ({first_line(e)}).", RESTORE) from e
+        raise DamagedStore(f"{manifest.where(path)} has no column {column} that can be read ({first_line(e)}).", RESTORE) from e
 
 
 def check_rows(manifest: Manifest, path: str, fd: int) -> None:
@@ -39,7 +39,7 @@ def check_rows(manifest: Manifest, path: str, fd: int) -> None:
         try:
             open_parquet(f, stop - start, (stop - start) * ROW_BYTES + SLACK_BYTES)
         except REFUSALS as e:
-            raise DamagedStore(f"{manifest.root / path} is not an index file ({first_line(e)}).", RESTORE) from e
+            raise DamagedStore(f"{manifest.where(path)} is not an index file ({first_line(e)}).", RESTORE) from e
 
 
 def _dense(values: pa.ChunkedArray, limit: int) -> pa.ChunkedArray:

@@ -21,6 +21,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 BUILD = "_build"
 PULL = "pull"  # folder of a pull below BUILD
+IN_TRANSIT = "~"  # at the end of the name of a file that is being received; no file of a store can have such a name
 PART = "part.json"
 OFFSETS = "index/offsets.npy"
 SIGNATURE = "manifest.json.sig"

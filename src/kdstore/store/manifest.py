@@ -8,20 +8,21 @@ Paths are of lower-case ASCII only: no two of them are one file on a disk that i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kdstore.errors import CannotRead, DamagedStore, IncompleteStore, MissingFeature, StoreError, StoreNotFound
+from kdstore.errors import CannotRead, ConfigError, DamagedStore, IncompleteStore, MissingFeature, StoreError, StoreNotFound
 from kdstore.jsonfile import digest_of, parse_json, read_json
 from kdstore.store.layout import BESIDE, BUILD, FORMAT, MANIFEST, PART, PULL, rows_said
 from kdstore.store.plan import MAX_SHARDS
@@ -34,6 +35,7 @@ MAX_METADATA_BYTES = 1 << 20
 _PART = "[a-z0-9_][a-z0-9_.-]*"
 _INSIDE = re.compile(f"{_PART}(?:/{_PART})*")
 _SHA256 = re.compile("[0-9a-f]{64}")
+_SCHEME = re.compile("(https?|hf|s3|gs):(?=/)")
 _RESERVED = {name.lower() for name in (MANIFEST, BUILD, PART, *BESIDE)}
 NPY_HEADER_BYTES = 10 + 65535  # at most, in version 1.0
 RESTORE = "Restore this file or extract its rows again."
@@ -59,14 +61,44 @@ class Held:
     origin: str
 
 
+class Supply(Protocol):
+    """Where the files of a store come from that is not in a folder of its own."""
+
+    @property
+    def name(self) -> str:
+        """The place as it may be shown."""
+        ...
+
+    def where(self, entry: FileEntry) -> Path:
+        """Return where a file lies once it is here."""
+        ...
+
+    def descriptor(self, path: str, entry: FileEntry) -> int:
+        """Open a file, fetched and compared with its sha256 if it is not here; it stays here until `let_go`. Raises TransferError, DiskFull, CannotWrite."""
+        ...
+
+    def bring(self, files: Mapping[str, FileEntry]) -> None:
+        """Fetch files, several at once; raises what `descriptor` raises."""
+        ...
+
+    def announce(self, files: Mapping[str, FileEntry]) -> None:
+        """Fetch files meanwhile, the first ones first."""
+        ...
+
+    def reopening(self, digest: str) -> tuple[Any, ...]:
+        """Return how another process opens the store of this digest from here, as `__reduce__` does."""
+        ...
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest and the folder it describes; `part` is None if all of its files are there."""
+    """A checked manifest and the folder it describes; `part` is None if all of its files are there, `supply` brings those of a store that is elsewhere."""
 
     root: Path
     content: dict[str, Any]
     files: dict[str, FileEntry]
     part: Held | None = None
+    supply: Supply | None = None
 
     @property
     def digest(self) -> str:
@@ -85,6 +117,20 @@ class Manifest:
         """Tell whether a file is there by what the manifest and `part.json` say."""
         return path in self.files and (self.part is None or path in self.part.files)
 
+    def where(self, path: str) -> Path:
+        """Return where a listed file lies."""
+        return self.root / path if self.supply is None else self.supply.where(self.files[path])
+
+    @property
+    def restore(self) -> str:
+        """Say what to do about a damaged file."""
+        return RESTORE if self.supply is None else "Remove this file of the cache: it is fetched again."
+
+    def bring(self, paths: Iterable[str]) -> None:
+        """Have files here that are read next; raises TransferError, DiskFull, CannotWrite."""
+        if self.supply is not None:
+            self.supply.bring({path: self.entry(path) for path in paths})
+
     def pull_hint(self) -> str:
         """Say how a part is completed; '' for a whole store."""
         return f"Pull more of it: kdstore store pull {self.part.origin} {self.root}" if self.part else ""
@@ -102,16 +148,18 @@ class Manifest:
         try:
             yield fd
         finally:
-            os.close(fd)
+            let_go(fd)
 
     def descriptor(self, path: str) -> int:
-        """Open a listed file for reading, the caller closes it.
+        """Open a listed file for reading, the caller lets it go.
 
         Raises DamagedStore if it is missing, no regular file, of another size, or outside the store; CannotRead; MissingFeature if a part leaves it out.
         """
         entry = self.entry(path)
         if not self.holds(path):
             raise MissingFeature(f"{self.root} is a part of its store, without {path}{entry.said()}.", self.pull_hint())
+        if self.supply is not None:
+            return self.supply.descriptor(path, entry)
         full = self.root / path
         if os.path.realpath(full) != f"{self._real_root}/{path}":
             raise DamagedStore(f"{full} is a link; files of a store must lie in its folder{entry.said()}.", "Copy the file into the store.")
@@ -126,11 +174,11 @@ class Manifest:
         """Return a whole listed file of at most that many bytes after comparing its sha256; raises DamagedStore, CannotRead."""
         entry = self.entry(path)
         if entry.size > at_most:
-            raise DamagedStore(f"{self.root / path} has {entry.size} bytes, expected {at_most} at most{entry.said()}.", RESTORE)
+            raise DamagedStore(f"{self.where(path)} has {entry.size} bytes, expected {at_most} at most{entry.said()}.", RESTORE)
         with self.open(path) as fd:
-            content = _read(fd, entry.size, self.root / path)
+            content = _read(fd, entry.size, self.where(path))
         if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise DamagedStore(f"{self.root / path} does not match its sha256{entry.said()}.", RESTORE)
+            raise DamagedStore(f"{self.where(path)} does not match its sha256{entry.said()}.", self.restore)
         return content
 
     def load(self, path: str, length: int, dtype: str) -> npt.NDArray[Any]:
@@ -144,12 +192,21 @@ class Manifest:
         expected = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({length},), }}"  # compared and never parsed: NumPy's parser takes any literal
         found = head[10:start].decode("latin-1").strip()
         if head[:8] != b"\x93NUMPY\x01\x00" or found != expected or self.entry(path).size != start + length * number.itemsize:
-            raise DamagedStore(f"{self.root / path} is not a NumPy file of {length} {number}: its header is {found[:80]!r}.", RESTORE)
+            raise DamagedStore(f"{self.where(path)} is not a NumPy file of {length} {number}: its header is {found[:80]!r}.", RESTORE)
         return start
 
 
+def let_go(fd: int) -> None:
+    """Close a descriptor; its lease of a file in a cache ends too, also where a forked process has the same one."""
+    with contextlib.suppress(OSError):  # a file system without flock
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
 def read_manifest(root: Path) -> Manifest:
-    """Read and check `root/manifest.json`; raises StoreNotFound, IncompleteStore, DamagedStore, CannotRead, StoreError (another format)."""
+    """Read and check `root/manifest.json`; raises StoreNotFound, IncompleteStore, DamagedStore, CannotRead, StoreError (another format), ConfigError."""
+    if found := _SCHEME.match(str(root)):
+        raise ConfigError(f"A store at {found[0]}// cannot be used in place by this command.", "Pull it into a folder first: kdstore store pull PLACE FOLDER.")
     manifest = parse_manifest(_manifest_bytes(root), root / MANIFEST)
     return replace(manifest, part=_read_part(manifest)) if (root / PART).is_file() else manifest
 

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kdstore.address import is_address
 from kdstore.errors import DamagedStore, MissingFeature, SourceError, StoreError
 from kdstore.jsonfile import read_json
+from kdstore.store.cache import Cache
 from kdstore.store.codecfile import StoredCodec, stored_codecs
 from kdstore.store.codecs import Codec
 from kdstore.store.gather import ArrayReader
@@ -37,16 +39,25 @@ class Store:
         self.path = manifest.root
         self.manifest = manifest.content
         self._manifest = manifest
+        groups = {"", *(name.rpartition("/")[0] + "/" for name in manifest.content["arrays"])}
+        manifest.bring(f"{folder}zarr.json" for folder in {*groups, *(f"{name}/" for name in manifest.content["arrays"])})
         specs = {name: array_spec(manifest, name) for name in manifest.content["arrays"]}
         self.arrays: dict[str, ArraySpec] = {name: spec for name, spec in specs.items() if manifest.part is None or _held_shards(manifest, spec).any()}
-        for group in {"", *(name.rpartition("/")[0] + "/" for name in specs)}:
+        for group in groups:
             manifest.read(f"{group}zarr.json", MAX_METADATA_BYTES)  # for other readers, but what is damaged is said at once
         self.codecs: dict[str, StoredCodec] = stored_codecs(manifest, self.arrays)
         self._readers: dict[str, ArrayReader] = {}
         self._fitted: dict[str, Codec] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._manifest.supply is not None:
+            return self._manifest.supply.reopening(self.digest)
         return _open_again, (self.path.absolute(), self.digest)
+
+    @property
+    def place(self) -> str:
+        """Where the store lies, as it may be shown: a folder, or an address without credentials."""
+        return str(self.path) if self._manifest.supply is None else self._manifest.supply.name
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -114,7 +125,7 @@ class Store:
         teacher = self.identity.get("teacher", {})
         encoded = self.identity.get("arrays", {})
         return {
-            "path": str(self.path),
+            "path": self.place,
             "digest": self.digest,
             "teacher": teacher.get("name"),
             "weights": teacher.get("weights_sha256"),
@@ -223,6 +234,7 @@ class Store:
 
     def _numbers(self, name: str) -> npt.NDArray[Any]:
         """Return all of an array of one number per row, gathered in blocks: row numbers are eight times as wide as what they fetch."""
+        self._manifest.bring(self.arrays[name].shard_path(number) for number in np.flatnonzero(_held_shards(self._manifest, self.arrays[name])).tolist())
         self.gather(name, [])  # compares the declared shape with the files before anything is allocated from it
         out = np.empty(self.arrays[name].shape, self.arrays[name].dtype)
         for start in range(0, len(out), BLOCK_ROWS):
@@ -238,7 +250,7 @@ class Store:
     def listed(self, path: str) -> Iterator[Path]:
         """Yield where a file of the manifest lies, after a look at its kind, place and size; raises DamagedStore, CannotRead."""
         with self._manifest.open(path):
-            yield self.path / path
+            yield self._manifest.where(path)
 
     def keys(self) -> npt.NDArray[np.str_]:
         """Return the keys of all images [N]."""
@@ -259,6 +271,7 @@ class Store:
         if units != slice(None):
             start, stop, _ = units.indices(len(paths))
             paths, rows = paths[units], min(stop * self.unit_rows, rows) - start * self.unit_rows
+        self._manifest.bring(paths)
         parts = [read_column(self._manifest, path, column) for path in paths]
         found = sum(len(part) for part in parts)
         if found != rows:
@@ -282,8 +295,15 @@ def _said(encoding: Any) -> str:
     return f" ({', '.join(words)})" if words else ""
 
 
-def open_store(path: str | Path) -> Store:
-    """Open a complete store; raises StoreNotFound, IncompleteStore, DamagedStore."""
+def open_store(path: str | Path, cache: Cache | None = None) -> Store:
+    """Open a complete store in a folder, or one at an address whose files come into a cache as they are read (docs/sharing.md, Used in place).
+
+    Raises StoreNotFound, IncompleteStore, DamagedStore; of one at an address also IdentityMismatch, TransferError, DiskFull, CannotWrite.
+    """
+    if is_address(str(path)):
+        from kdstore.store.share.remote import remote_manifest  # what it takes to ask a server is imported by those who do
+
+        return Store(remote_manifest(str(path), cache or Cache.default()))
     return Store(read_manifest(Path(path)))
 
 

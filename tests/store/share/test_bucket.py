@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from kdstore.errors import ConfigError, DamagedStore, IdentityMismatch, TransferError
-from kdstore.store import open_store, verify_store
+from kdstore.store import Cache, open_store, verify_store
 from kdstore.store.share import bucket, pull_store, push_store
 
 SECRET = "not-to-be-shown"
@@ -47,6 +47,8 @@ def test_a_store_goes_to_a_bucket_and_comes_back(s3, pristine, tmp_path, monkeyp
     assert pulled.digest == open_store(pristine).digest
     assert verify_store(tmp_path / "pulled").ok
     assert push_store(pristine, "s3://lab/whole").files_sent == 0
+    in_place = open_store(f"s3://lab/whole#{pushed.digest}", Cache(tmp_path / "cache", 2**30))
+    assert in_place.gather("image/embedding", [20, 3]).tobytes() == open_store(pristine).gather("image/embedding", [20, 3]).tobytes()
 
 
 def test_an_interrupted_push_shows_no_store_and_goes_on(s3, pristine, tmp_path, monkeypatch):

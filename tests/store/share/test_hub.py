@@ -15,9 +15,10 @@ import huggingface_hub.constants
 import pytest
 
 from kdstore.errors import DamagedStore, IdentityMismatch, TransferError
-from kdstore.store import open_store, verify_store
+from kdstore.store import Cache, open_store, verify_store
 from kdstore.store.layout import BESIDE
 from kdstore.store.share import Patience, hub, pull_store, push_store, transport
+from kdstore.store.share.fetch import Stopped, Transfer
 from kdstore.store.share.hub import Hub
 from kdstore.store.share.transport import Pace
 
@@ -184,6 +185,8 @@ def test_a_store_goes_to_the_hub_in_bounded_commits_and_comes_back(fake, pristin
     assert fake.asked["info"] == 1  # the revision is resolved once
     assert fake.asked["resolve"] <= pulled.files + 7
     assert TOKEN not in str(told)
+    in_place = open_store(PLACE, Cache(tmp_path / "cache", 2**30))
+    assert in_place.gather("image/embedding", [20, 3]).tobytes() == open_store(pristine).gather("image/embedding", [20, 3]).tobytes()
 
 
 def test_a_push_goes_on_where_it_broke_off_and_a_store_of_few_files_is_one_commit(fake, pristine, sample, tmp_path, patience, monkeypatch):
@@ -242,19 +245,27 @@ def test_a_damaged_file_is_not_pushed_and_a_refusal_names_no_token(fake, copied,
 def test_every_request_that_the_hub_counts_waits_its_turn(fake, pristine, tmp_path, patience, monkeypatch):
     push_store(pristine, PLACE, patience=patience)
     turns = []
-    monkeypatch.setattr(Pace, "wait", lambda pace: turns.append(pace))
+    monkeypatch.setattr(Pace, "wait", lambda pace, pause: turns.append(pace))
     assert pull_store(PLACE, tmp_path / "pulled", patience=patience).whole
-    assert len(turns) == fake.asked["resolve"] == 57 + 1 + len(BESIDE) + 1  # the files, the manifest, what lies beside it, and the card once more
+    assert len(turns) == fake.asked["resolve"] == 57 + 1 + len(BESIDE)  # the files, the manifest, and what lies beside it
     assert len(set(turns)) == 1
 
 
 def test_no_more_than_the_limit_begin_in_any_window(monkeypatch):
     now, begun = [100.0], []
-    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)))
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: now[0]))
     pace = Pace(10, 300.0)
     for i in range(64):
         now[0] += i % 7
-        pace.wait()
+        pace.wait(lambda seconds: now.__setitem__(0, now[0] + seconds))
         begun.append(now[0])
     assert all(later - first >= 300.0 for first, later in zip(begun, begun[10:], strict=False))
     assert begun[-1] < 100.0 + 7 * 300.0 + 7 * 7  # and nobody waits longer than that asks for
+
+
+def test_a_pull_that_is_stopped_does_not_wait_for_its_turn():
+    transfer = Transfer([Hub("hf://datasets/lab/store", Patience(), Pace(1, 300.0))], Patience())
+    transfer.wait_for(transfer.places[0])
+    threading.Timer(0.1, transfer.stop).start()
+    with pytest.raises(Stopped):
+        transfer.wait_for(transfer.places[0])

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdstore.address import redacted
 from kdstore.errors import ConfigError, KdstoreError
-from kdstore.store.share.transport import Body, Failure, Patience, Stored, redacted
+from kdstore.store.share.transport import Body, Failure, Patience, Stored
 
 RANGE_BYTES = 8 << 20
 PART_BYTES = 16 << 20  # of an upload in several parts, of which S3 takes 10,000
@@ -24,6 +25,7 @@ _PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 class Bucket:
     """Objects below a prefix of a bucket."""
 
+    pace = None
     files_at_once = 1
     parallel = 4
 

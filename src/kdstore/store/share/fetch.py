@@ -20,10 +20,10 @@ from pathlib import Path
 from kdstore.errors import TransferError
 from kdstore.jsonfile import disk_errors
 from kdstore.progress import OnProgress
+from kdstore.store.layout import IN_TRANSIT
 from kdstore.store.manifest import FileEntry
 from kdstore.store.share.transport import BLOCK_BYTES, Body, Failure, Patience, Place
 
-IN_TRANSIT = "~"
 MAX_WRONG = 3  # whole files of another hash from one place
 MAX_FAILED = 16  # files; a place that lacks so many lacks all
 
@@ -50,6 +50,8 @@ class Transfer:
         """Return when a place may be asked; raises Stopped."""
         while (rest := self._rest_until.get(place.name, 0.0) - time.monotonic()) > 0:
             self.pause(rest)
+        if place.pace is not None:
+            place.pace.wait(self.pause)
         self.pause(0)
 
     def pause(self, seconds: float) -> None:

@@ -16,6 +16,8 @@ from kdstore.store.share.transport import BLOCK_BYTES, Body, Failure
 class Folder:
     """Files below a folder."""
 
+    pace = None
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.name = str(path)

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdstore.address import redacted
 from kdstore.errors import ConfigError
-from kdstore.store.share.transport import Body, Failure, Pace, Patience, Stored, redacted
+from kdstore.store.share.transport import Body, Failure, Pace, Patience, Stored
 from kdstore.store.share.web import Web, retry_after
 
 COMMIT_FILES = 64  # the Hub asks for about 100 in a commit
@@ -37,7 +38,7 @@ class Hub:
         self.name = url.rstrip("/")
         self._repo, self._revision = found[1], found[2] or "main"
         self._patience = patience
-        self._pace = pace or Pace(RESOLVES, RESOLVE_SECONDS)
+        self.pace = pace or Pace(RESOLVES, RESOLVE_SECONDS)
 
     @functools.cached_property
     def _api(self) -> Any:
@@ -57,7 +58,7 @@ class Hub:
 
         token = get_token()
         url = f"{self._api.endpoint}/datasets/{self._repo}/resolve/{self._commit}"
-        return Web(url, self._patience, name=self.name, headers={"Authorization": f"Bearer {token}"} if token else {}, pace=self._pace)
+        return Web(url, self._patience, name=self.name, headers={"Authorization": f"Bearer {token}"} if token else {})
 
     @contextlib.contextmanager
     def open(self, path: str, start: int = 0, tag: str | None = None) -> Iterator[Body]:

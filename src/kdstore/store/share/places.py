@@ -40,10 +40,6 @@ def open_place(name: str, patience: Patience) -> Place:
     return PLACES[scheme](name, patience)
 
 
-def is_folder(name: str) -> bool:
-    return "://" not in name
-
-
 def matches(stored: Stored, file: Path, sha256: str) -> bool:
     """Tell whether a place has this file, as far as it says: by its size and hash, which is computed here where it is not a sha256."""
     size = file.stat().st_size

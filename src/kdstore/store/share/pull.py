@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kdstore.address import is_address, redacted
 from kdstore.errors import ConfigError, DamagedStore, IdentityMismatch, KdstoreError, SignatureError, StoreError, StoreNotFound, TransferError
 from kdstore.jsonfile import differing_fields, disk_errors, make_folders, parse_json, write_bytes
 from kdstore.progress import OnProgress, silent
@@ -22,15 +23,15 @@ from kdstore.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest,
 from kdstore.store.reader import Store
 from kdstore.store.share.choice import Choice, chosen_files, frame_files, specs_of
 from kdstore.store.share.fetch import Transfer, fetch_files, read_small
-from kdstore.store.share.places import is_folder, open_place
+from kdstore.store.share.places import open_place
 from kdstore.store.share.staging import Staging, bytes_of, check_space, read_replaced
-from kdstore.store.share.transport import Failure, Patience, Place, redacted
+from kdstore.store.share.transport import Failure, Patience, Place
 from kdstore.store.signing import MAX_SIGNATURE_BYTES, check_signature
 from kdstore.store.withdraw import is_successor
 from kdstore.store.writer import BUILD_JSON, check_place
 
 MAX_BESIDE_BYTES = 1 << 24  # of a file beside the manifest, which nothing vouches for
-_DIGEST = re.compile("sha256:[0-9a-f]{64}")
+DIGEST = re.compile("sha256:[0-9a-f]{64}")
 _MIRROR = re.compile(r"https?://[\w.-]+(:\d+)?(/[\w./~-]*)?|hf://datasets/[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -74,14 +75,15 @@ def pull_store(
     CannotWrite, and what a choice raises.
     """
     choice, patience = choice or Choice(), patience or Patience()
-    if not is_folder(str(target)):
+    if is_address(str(target)):
         raise ConfigError(f"{redacted(str(target))} is no folder.", "Pull into a folder; to send a store elsewhere: kdstore store push.")
     transfer = Transfer([open_place(name, patience) for name in (source, *mirrors)], patience)
-    if expect is not None and not _DIGEST.fullmatch(expect):
+    if expect is not None and not DIGEST.fullmatch(expect):
         raise ConfigError(f"'{expect}' is no digest.", "Write --expect sha256: and 64 hex digits, as 'kdstore store info' shows them.")
     encoded, manifest = read_remote_manifest(transfer, expect)
     signature = None if signed_by is None else _remote_signature(transfer, manifest.digest, signed_by)
-    transfer.places += [open_place(name, patience) for name in _mirrors_of_card(transfer)]
+    card = read_card(transfer)
+    transfer.places += [open_place(name, patience) for name in mirrors_of(card)]
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             return _would_pull(transfer, Path(target), Staging(Path(scratch), manifest, encoded), choice, parallel, on_progress)
@@ -96,7 +98,8 @@ def pull_store(
         staging = Staging(target, replace(manifest, root=target), encoded)
         staging.begin()
         files, kept = _choose_and_fetch(transfer, staging, choice, parallel, on_progress)
-        _fetch_beside(transfer, staging, signature, on_progress)
+        there = {SIGNATURE: signature, "README.md": card}
+        fetch_beside(transfer, staging.folder, {name: there.get(name) for name in BESIDE}, on_progress)
         with lock.held():
             made = staging.commit(files, old, transfer.places[0].name)
     return _pulled(target, transfer, manifest, files, kept, whole=made.part is None)
@@ -137,13 +140,20 @@ def _remote_signature(transfer: Transfer, digest: str, signed_by: str | Path) ->
     raise refusals[0]
 
 
-def _mirrors_of_card(transfer: Transfer) -> list[str]:
-    """Return the `mirrors` of the card's YAML, those of the web and the Hub: nobody vouches for them, so none gets credentials of ours or reads our disk."""
+def read_card(transfer: Transfer) -> bytes | None:
+    """Return the README.md of the first place, b'' if there is none; None if it does not come."""
+    try:
+        return read_small(transfer, transfer.places[0], "README.md", MAX_BESIDE_BYTES)
+    except Failure as e:
+        return b"" if e.missing else None
+
+
+def mirrors_of(card: bytes | None) -> list[str]:
+    """Return the `mirrors` of a card's YAML, those of the web and the Hub: nobody vouches for them, so none gets credentials of ours or reads our disk."""
     import yaml
 
-    with contextlib.suppress(Failure, UnicodeDecodeError, RecursionError, yaml.YAMLError):
-        card = read_small(transfer, transfer.places[0], "README.md", MAX_BESIDE_BYTES).decode()
-        block = re.match(r"---\n(.{,65536}?)\n---\n", card, re.DOTALL)
+    with contextlib.suppress(UnicodeDecodeError, RecursionError, yaml.YAMLError):
+        block = re.match(r"---\n(.{,65536}?)\n---\n", (card or b"").decode(), re.DOTALL)
         said = yaml.load(block[1], yaml.BaseLoader) if block else None  # texts alone: the safe loader unfolds keys that are merged, to any size
         named = said.get("mirrors") if isinstance(said, dict) else None
         return [name for name in named[:8] if isinstance(name, str) and _MIRROR.fullmatch(name)] if isinstance(named, list) else []
@@ -200,11 +210,17 @@ def _choose_and_fetch(transfer: Transfer, staging: Staging, choice: Choice, para
     rest = chosen - (frame_files(manifest, specs) if frame else set())
     there = staging.found(rest, on_progress)
     kept |= there
-    total, of_all = bytes_of(files, chosen), bytes_of(files, files)
-    to_come = bytes_of(files, rest - there)
-    on_progress("notice", 0, 0, f"{len(chosen)} of {len(files)} files, {total / 1e6:,.1f} of {of_all / 1e6:,.1f} MB; {to_come / 1e6:,.1f} MB to come")
-    _fetch(transfer, staging, rest - there, total - to_come, parallel, on_progress)
+    to_come = _tell(manifest, chosen, rest - there, on_progress)
+    _fetch(transfer, staging, rest - there, bytes_of(files, chosen) - to_come, parallel, on_progress)
     return chosen, kept
+
+
+def _tell(manifest: Manifest, chosen: set[str], missing: set[str], on_progress: OnProgress) -> int:
+    """Say how much a pull takes, and return the bytes of what is missing of it."""
+    files = manifest.files
+    total, of_all, to_come = (bytes_of(files, names) for names in (chosen, files, missing))
+    on_progress("notice", 0, 0, f"{len(chosen)} of {len(files)} files, {total / 1e6:,.1f} of {of_all / 1e6:,.1f} MB; {to_come / 1e6:,.1f} MB to come")
+    return to_come
 
 
 def _fetch(transfer: Transfer, staging: Staging, names: set[str], before: int, parallel: int, on_progress: OnProgress) -> None:
@@ -213,18 +229,19 @@ def _fetch(transfer: Transfer, staging: Staging, names: set[str], before: int, p
         fetch_files(transfer, staging.folder, {name: staging.manifest.files[name] for name in names}, parallel, on_progress, before)
 
 
-def _fetch_beside(transfer: Transfer, staging: Staging, signature: bytes | None, on_progress: OnProgress) -> None:
-    """Fetch what lies beside the manifest, as far as it is there; those of our JSON files that do not match their own digest are left out.
+def fetch_beside(transfer: Transfer, folder: Path, names: Mapping[str, bytes | None], on_progress: OnProgress = silent) -> None:
+    """Fetch into a folder what lies beside the manifest, as far as it is there and was not read already (b'': it is not there).
 
-    A `signature` that was checked is the one that is kept.
+    Those of our JSON files that do not match their own digest are left out.
     """
-    for name in BESIDE:
+    for name, read in names.items():
+        if read == b"":
+            continue
         try:
-            checked = signature if name == SIGNATURE else None
-            content = checked or read_small(transfer, transfer.places[0], name, MAX_BESIDE_BYTES)
+            content = read or read_small(transfer, transfer.places[0], name, MAX_BESIDE_BYTES)
             if name in ("run.json", "stats.json"):
                 parse_json(content, Path(name))
-            write_bytes(staging.folder / name, content)
+            write_bytes(folder / name, content)
         except Failure as e:
             if not e.missing:
                 on_progress("warning", 0, 0, f"{name}, which lies beside the manifest, did not come: it {e.reason}")
@@ -243,6 +260,7 @@ def _would_pull(transfer: Transfer, target: Path, staging: Staging, choice: Choi
         frame = Store(staging.show(names, transfer.places[0].name))
     chosen = chosen_files(choice, manifest, specs, frame, on_progress)
     there = Staging(target, manifest, staging.encoded).sized(chosen)
+    _tell(manifest, chosen, chosen - there, on_progress)
     return _pulled(target, transfer, manifest, chosen, there, whole=len(chosen) == len(manifest.files), dry_run=True)
 
 

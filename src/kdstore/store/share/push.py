@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kdstore.address import is_address
 from kdstore.errors import ConfigError, DamagedStore, IdentityMismatch, MissingFeature, TransferError
 from kdstore.progress import OnProgress, silent
 from kdstore.store.layout import BESIDE, MANIFEST
 from kdstore.store.manifest import RESTORE, Manifest, read_manifest
 from kdstore.store.share.fetch import Transfer
-from kdstore.store.share.places import Writable, is_folder, matches, open_place
+from kdstore.store.share.places import Writable, matches, open_place
 from kdstore.store.share.pull import check_old, pull_store, read_remote_manifest
 from kdstore.store.share.staging import bytes_of, is_file_of
 from kdstore.store.share.transport import Failure, Patience, Stored
@@ -52,7 +53,7 @@ def push_store(path: str | Path, target: str, *, force: bool = False, patience: 
     manifest = read_manifest(Path(path))
     if manifest.part is not None:
         raise MissingFeature(f"{path} is a part of its store.", f"{manifest.pull_hint()}; or push a store of these rows: kdstore store subset.")
-    if is_folder(target):
+    if not is_address(target):
         pulled = pull_store(str(path), target, force=force, patience=patience, on_progress=on_progress)
         new = pulled.files - pulled.kept_files, pulled.bytes - pulled.kept_bytes
         return Pushed(str(path), target, manifest.digest, pulled.files, pulled.bytes, *new)
@@ -128,7 +129,7 @@ def _send(place: Writable, manifest: Manifest, todo: Sequence[str], first: list[
         send([name for batch in batches for name in batch], [*gone, *(name for name in first if name != MANIFEST)], beside)
         return
     if first:
-        send((), first)
+        send((), [*first, *gone])  # nobody reads them any more, and who is stopped later knows no more of them
     with ThreadPoolExecutor(place.parallel, "kdstore-push") as pool:
         futures = [pool.submit(send, batch) for batch in batches]
         try:
@@ -138,9 +139,8 @@ def _send(place: Writable, manifest: Manifest, todo: Sequence[str], first: list[
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if place.files_at_once > 1:
-        send((), gone, beside)
+        send((), (), beside)
         return
-    send((), gone)
     for file in beside:
         send((), (), [file])
 

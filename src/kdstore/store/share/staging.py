@@ -18,9 +18,8 @@ from pathlib import Path, PurePosixPath
 from kdstore.errors import DamagedStore, DiskFull, StoreError
 from kdstore.jsonfile import fsync_folder, make_folders, write_bytes, write_json
 from kdstore.progress import OnProgress
-from kdstore.store.layout import BESIDE, BUILD, FORMAT, MANIFEST, PART, PULL
+from kdstore.store.layout import BESIDE, BUILD, FORMAT, IN_TRANSIT, MANIFEST, PART, PULL
 from kdstore.store.manifest import FileEntry, Manifest, parse_manifest, read_manifest
-from kdstore.store.share.fetch import IN_TRANSIT
 
 REPLACED = "replaced~"  # the manifest of the store that was there; no file of a store can have this name
 

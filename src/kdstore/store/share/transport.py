@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
-from urllib.parse import urlsplit
+
+from kdstore.address import redacted
 
 BLOCK_BYTES = 1 << 20
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", re.IGNORECASE)
@@ -67,6 +68,11 @@ class Place(Protocol):
         """The place as it may be shown: without credentials."""
         ...
 
+    @property
+    def pace(self) -> Pace | None:
+        """How many requests it takes."""
+        ...
+
     def open(self, path: str, start: int = 0, tag: str | None = None) -> AbstractContextManager[Body]:
         """Ask for a file from byte `start` on, if it still is the version `tag`; the answer may begin at 0 instead. Raises Failure, also while it is read."""
         ...
@@ -89,30 +95,26 @@ class Pace:
         self._begun: deque[float] = deque()
         self._one_thread = threading.Lock()
 
-    def wait(self) -> None:
-        """Return when one more may begin."""
+    def wait(self, pause: Callable[[float], None]) -> None:
+        """Return when one more may begin, after pauses that `pause` may end by raising."""
+        while (rest := self._begin()) > 0:
+            pause(rest)
+
+    def _begin(self) -> float:
+        """Count one that begins, unless there are as many as may be; returns how many seconds that stays so."""
         with self._one_thread:
-            while len(self._begun) >= self._limit:
-                rest = self._begun[0] + self._seconds - time.monotonic()
-                if rest > 0:
-                    time.sleep(rest)
-                else:
-                    self._begun.popleft()
-            self._begun.append(time.monotonic())
+            now = time.monotonic()
+            while self._begun and self._begun[0] + self._seconds <= now:
+                self._begun.popleft()
+            if len(self._begun) >= self._limit:
+                return self._begun[0] + self._seconds - now
+            self._begun.append(now)
+            return 0.0
 
 
 def number_of(text: str) -> int | None:
     """Read a header's number; None for what is none, such as digits of other scripts or a million of them."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
-
-
-def redacted(url: str) -> str:
-    """Return a URL without what may be secret in it: user, password, query and fragment."""
-    try:
-        parts = urlsplit(url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme else url.partition("?")[0]
-    except ValueError:
-        return "a URL that cannot be read"
 
 
 def without_secrets(text: str) -> str:

@@ -19,8 +19,9 @@ from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 import urllib3
 
+from kdstore.address import redacted
 from kdstore.errors import ConfigError
-from kdstore.store.share.transport import BLOCK_BYTES, Body, Failure, Pace, Patience, number_of, redacted
+from kdstore.store.share.transport import BLOCK_BYTES, Body, Failure, Patience, number_of
 
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -30,7 +31,9 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 class Web:
     """Files below a URL; user and password in it, a query (such as a signature) and `headers` go to its host alone."""
 
-    def __init__(self, url: str, patience: Patience, *, name: str | None = None, headers: Mapping[str, str] | None = None, pace: Pace | None = None) -> None:
+    pace = None
+
+    def __init__(self, url: str, patience: Patience, *, name: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         parts = urlsplit(url)
         if not parts.hostname:
             raise ConfigError(f"{redacted(url)} names no host.", "Write https://HOST/PATH.")
@@ -42,14 +45,11 @@ class Web:
             self._headers |= urllib3.make_headers(basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}")
         self._silence = patience.silence
         self._timeout = urllib3.Timeout(connect=patience.connect, read=patience.silence)
-        self._pace = pace
         self._pools: dict[str, urllib3.PoolManager] = {}
 
     @contextlib.contextmanager
     def open(self, path: str, start: int = 0, tag: str | None = None) -> Iterator[Body]:
         """Ask for a file; see `Place.open`."""
-        if self._pace:
-            self._pace.wait()
         url = f"{self._base}/{quote(path)}" + (f"?{self._query}" if self._query else "")
         asked = {"Accept-Encoding": "identity", "User-Agent": "kdstore"} | ({"Range": f"bytes={start}-"} if start else {})
         asked |= {"If-Range": tag} if start and tag else {}
