@@ -41,6 +41,7 @@ CAPTION_SHARES = (0.25, 0.2, 0.1, 0.3, 0.15)  # from most to least detailed; all
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
+    parser.add_argument("--config", choices=sorted(path.stem for path in CONFIGS.glob("scenes-*.json")), help="the architecture; default: that of its name")
     parser.add_argument("--samples", type=int, required=True)
     parser.add_argument("--scenes", type=int, default=60_000, help="training scenes, drawn once")
     parser.add_argument("--stop", type=int, help="samples to stop after, before the schedule ends")
@@ -60,12 +61,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     dice = random.Random(args.seed)
-    out = args.out or TEACHERS / args.name
+    out, architecture = args.out or TEACHERS / args.name, args.config or args.name
 
     open_clip.add_model_config(CONFIGS)
-    model, _, preprocess = open_clip.create_model_and_transforms(args.name)
+    model, _, preprocess = open_clip.create_model_and_transforms(architecture)
     _sign_init(model.token_embedding.weight)
-    tokenizer = open_clip.get_tokenizer(args.name)
+    tokenizer = open_clip.get_tokenizer(architecture)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.transforms[-1].mean, preprocess.transforms[-1].std))
     side = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
     images, texts, things = draw_training_scenes(args.scenes, side)
@@ -229,7 +230,7 @@ def measure(
 def export(model: torch.nn.Module, args: argparse.Namespace, out: Path, curve: list[dict[str, float]], seconds: float) -> None:
     """Write open_clip's local-dir layout and the card."""
     out.mkdir(parents=True, exist_ok=True)
-    config = json.loads((CONFIGS / f"{args.name}.json").read_text())
+    config = json.loads((CONFIGS / f"{args.config or args.name}.json").read_text())
     preprocess = dict(model.visual.preprocess_cfg.items())
     (out / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n")
     save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}, out / "open_clip_model.safetensors")
