@@ -228,7 +228,7 @@ def test_lists_name_what_can_be_named(here):
     assert "ViT-bigG-14: laion2b_s39b_b160k (default)" in here("list", "teachers").stdout
     assert {"scenes", "easy-vqa"} <= set(json.loads(here("list", "vqa", "--json").stdout)["datasets"])
     for stage in STAGES:
-        assert "device" in json.loads(here("list", "settings", stage, "--json").stdout) or stage == "score"
+        assert "device" in json.loads(here("list", "settings", stage, "--json").stdout) or stage in ("score", "study")
     assert "eval_split  str = 'test'" in here("list", "settings", "vqa").stdout
 
 

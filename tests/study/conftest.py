@@ -14,8 +14,9 @@ from kdstore.study.config import StudyConfig, parse_study
 from kdstore.study.grid import Plan, plan_study
 from kdstore.study.run import StudyResult, run_study
 
+PROBES = {"probes": "scenes/retrieval:24?swapped=color", "probe_samples": 16}
 TINY: dict[str, dict[str, Any]] = {
-    "study": {"name": "tiny", "data": "scenes/train:64", "losses": ["clip-kd-free"], "samples": [64], "seeds": [0], "own_samples": 96},
+    "study": {"name": "tiny", "data": "scenes/train:64", "losses": ["clip-kd-free"], "samples": [64], "seeds": [0], "own_samples": 96} | PROBES,
     "teachers": {"S": "scenes-S"},
     "students": {"T": "scenes-T"},
     "extract": {"unit_rows": 64, "device": "cpu"},

@@ -88,6 +88,7 @@ def test_a_sweep_gives_every_arm_the_same_trials():
         ({"distill": {"init": "inherit"}}, "does not begin as the others"),
         ({"study": {**SWEPT, "sweep_data": "scenes/retrieval:200"}, "sweep": {"lr": [1e-3]}}, "trained on or reported"),
         ({"study": {**TABLES["study"], "own_seed": 1}}, "student's seed"),
+        ({"study": {**TABLES["study"], "probes": "scenes/train:50?swapped=color"}}, "trained on"),
         ({"study": {**TABLES["study"], "without_controls": ["random"]}}, "random teacher"),
         ({"teachers": {"a|b": "scenes-S"}}, "'|'"),
         ({"teachers": {}}, "at least one"),

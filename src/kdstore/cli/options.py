@@ -30,6 +30,7 @@ STAGES = {  # where the settings of each are, imported when asked for
     "retrieval": "kdstore.evaluate.retrieval:RetrievalConfig",
     "probe": "kdstore.evaluate.protocol:ProbeConfig",
     "agreement": "kdstore.evaluate.protocol:AgreementConfig",
+    "study": "kdstore.study.config:Grid",
     "demo": "kdstore.demo.config:DemoConfig",
 }
 

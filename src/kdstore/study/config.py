@@ -7,6 +7,7 @@ left out of the digests, so that a new setting of a later version changes none; 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Grid:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name} must be different values, at least one; found {list(values)}.", f"Correct [study] {name}.")
-        if min(*self.samples, self.own_samples or 1, self.sweep_samples or 1) < 1 or min(self.seeds) < 0 or not self.margin >= 0:
+        if min(*self.samples, self.own_samples or 1, self.sweep_samples or 1, self.probe_samples) < 1 or min(self.seeds) < 0 or not self.margin >= 0:
             raise ConfigError("samples must be positive, seeds and margin not negative.", "Correct [study].")
         for name in ("own_seed", "sweep_seed"):
             if getattr(self, name) in self.seeds:
@@ -102,7 +103,7 @@ def read_study(recipe: str | Path, settings: list[str] | None = None) -> StudyCo
 
 def parse_study(tables: dict[str, dict[str, Any]]) -> StudyConfig:
     """Check and normalise the tables of a recipe; raises ConfigError and UnknownName."""
-    grid = make_config(Grid, tables.get("study", {}), where="[study]", hint="All: docs/study.md.")
+    grid = make_config(Grid, tables.get("study", {}), where="[study]", hint="All: kdstore list settings study.")
     vqa = dict(tables.get("vqa", {}))
     vqa_of = {name: vqa.pop(name) for name in [name for name, value in vqa.items() if isinstance(value, dict)]}
     for name in vqa_of:
@@ -130,6 +131,8 @@ def _check(config: StudyConfig) -> None:
     grid, sweep = config.grid, config.sweep
     if sweep and not (grid.sweep_samples and grid.sweep_data):
         raise ConfigError("[sweep] needs its budget and its judges.", "Give sweep_samples and sweep_data in [study].")
+    if grid.probes and _set(grid.probes) == _set(grid.data):
+        raise ConfigError(f"The probes {grid.probes} are trained on.", "Give probes another split.")
     if grid.sweep_data and _set(grid.sweep_data) in {_set(grid.data), _set(config.stages["retrieval"].get("data") or RETRIEVAL_DATA)}:
         raise ConfigError(f"The sweep would choose on {grid.sweep_data}, which is trained on or reported.", "Give sweep_data another split.")
     for name, values in sweep.items():
@@ -138,8 +141,8 @@ def _check(config: StudyConfig) -> None:
 
 
 def _set(spec: str) -> str:
-    """Return a source without its size: the first pairs of a split are not apart from the split."""
-    return spec.rpartition(":")[0] if spec.rpartition(":")[2].isdigit() else spec
+    """Return a source without its size and what is asked of it: the first pairs of a split are not apart from the split."""
+    return re.sub(r"(:[0-9]+)?(\?.*)?$", "", spec)
 
 
 def _names(tables: dict[str, dict[str, Any]], table: str) -> dict[str, str]:

@@ -102,7 +102,7 @@ def check_names(config: StudyConfig) -> None:
     for name in grid.vqa:
         check_vqa_name(name)
     for loss in grid.losses:
-        check_loss(DistillConfig(**{**without_unread({**config.stages["distill"], "loss": loss}), "samples": max(grid.samples)}))
+        check_loss(DistillConfig(**{**without_unread({**config.stages["distill"], "loss": loss}), "samples": min(grid.samples)}))
 
 
 def run_study(config: StudyConfig, out: str | Path, *, workers: int = 1, scheduler: str | None = None, on_progress: OnProgress = silent) -> StudyResult:
@@ -270,7 +270,7 @@ def _wait(child: Any, exit_code: Callable[[], int | None], stop: str) -> int:
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["kdstore.extract.run", "kdstore.distill.train", "kdstore.evaluate.vqa", "kdstore.evaluate.retrieval"])
+FORKS.set_forkserver_preload([f"kdstore.{name}" for name in ("study.work", "extract.run", "distill.train", "evaluate.vqa", "evaluate.retrieval")])
 
 
 @contextmanager

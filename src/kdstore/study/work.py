@@ -152,12 +152,10 @@ def _distill(job: Job, on_progress: OnProgress) -> Done:
     from kdstore.distill.train import distill
 
     settings, out = dict(job.task.settings), f"{RUNS}/{job.task.name}"
-    choices = settings.pop("choices", [])
-    tried = [{**choice, "score": _recall(found)} for choice, found in zip(choices, job.needed("retrieval"), strict=True)]
-    chosen = choices[max(range(len(tried)), key=lambda i: tried[i]["score"])] if tried else {}
+    chosen, tried = choose(settings.pop("choices", []), job.needed("retrieval"))
     stores = job.needed("extract")
     given = {"cache": stores[0]["store"] if stores else None, "student": job.place(settings["student"]), "data": job.place(settings["data"])}
-    wanted = make_config(DistillConfig, without_unread(settings), job.machine, chosen, {**given, "out": out, "resume": True})
+    wanted = make_config(DistillConfig, without_unread({**settings, **chosen}), job.machine, {**given, "out": out, "resume": True})
     result = distill(wanted, on_progress=on_progress)
     run = read_json(Path(out) / "run.json", RunError)
     with open(Path(out) / "open_clip_model.safetensors", "rb") as file:
@@ -187,10 +185,11 @@ def without_unread(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in unread}
 
 
-def _recall(retrieval: dict[str, Any]) -> float:
-    """Return what chooses among trials: recall@1 of both directions, averaged."""
-    scores = retrieval["rows"][0]["scores"]
-    return float(scores["image_retrieval_recall@1"] + scores["text_retrieval_recall@1"]) / 2
+def choose(choices: list[dict[str, Any]], judged: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the best of a sweep's choices, the first of equals, and all with their scores: recall@1 averaged over both directions, in percent."""
+    recalls = [[found["rows"][0]["scores"][f"{side}_retrieval_recall@1"] for side in ("image", "text")] for found in judged]
+    tried = [{"settings": choice, "score": sum(both) / 2} for choice, both in zip(choices, recalls, strict=True)]
+    return max(tried, key=lambda one: one["score"])["settings"] if tried else {}, tried
 
 
 def _curve(run: Path) -> list[dict[str, float]]:
