@@ -130,6 +130,12 @@ def test_places_of_a_grid_are_all_different_and_fixed() -> None:
         assert len(np.unique(places.numpy().round(4), axis=0)) == num_tokens
 
 
+def test_most_of_a_place_is_what_tells_it_from_others_whatever_the_grid() -> None:
+    for num_tokens in (16, 49, 196, 576):
+        places = token_places(num_tokens, 64, CPU)
+        assert places.var(dim=0, correction=0).sum() > 0.6 * places.square().sum(dim=1).mean()
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_learns_from_its_seed_alone(kind: str) -> None:
     """The answer is the sign of one feature: learnable, and learned twice alike."""

@@ -30,6 +30,9 @@ from kdstore.evaluate.answers import PADDING, START
 MAX_WORDS = 64
 """Words of a question that are read, with its start; further ones are cut off."""
 
+EMBEDDING_STD = 0.3
+"""Of drawn vectors of words; torch's 1 drowns what the first layers add to a word, which no norm makes up for."""
+
 
 @dataclass(frozen=True)
 class PackedQuestions:
@@ -50,7 +53,7 @@ class WordQuestions(nn.Module):
 
     def __init__(self, num_ids: int, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(num_ids, width, padding_idx=PADDING)
+        self.embedding = _embedding(num_ids, width, padding_idx=PADDING)
 
     def forward(self, word_RS: torch.Tensor) -> torch.Tensor:
         return self.embedding(word_RS)
@@ -63,7 +66,7 @@ class TowerQuestions(nn.Module):
         super().__init__()
         self.states: torch.Tensor
         self.register_buffer("states", states, persistent=False)
-        self.special = nn.Embedding(START + 1, width, padding_idx=PADDING)
+        self.special = _embedding(START + 1, width, padding_idx=PADDING)
         self.projection = nn.Linear(states.shape[1], width)
 
     def forward(self, word_RS: torch.Tensor) -> torch.Tensor:
@@ -114,7 +117,7 @@ class QuestionEncoder(nn.Module):
     def __init__(self, words: nn.Module, width: int, num_heads: int) -> None:
         super().__init__()
         self.words = words
-        self.place = nn.Embedding(MAX_WORDS, width)
+        self.place = _embedding(MAX_WORDS, width)
         self.layer = Layer(width, num_heads, cross=False)
 
     def forward(self, questions: PackedQuestions, mask: torch.Tensor) -> torch.Tensor:
@@ -228,13 +231,14 @@ def question_mask(questions: PackedQuestions) -> torch.Tensor:
 def token_places(num_tokens: int, width: int, device: torch.device) -> torch.Tensor:
     """Return fixed sines and cosines of each token's row and column [T, D]: no parameters, so that all grids have the same number of them.
 
-    Tokens that are no square grid count as one row.
+    The waves make a quarter of a turn to four turns over the whole image, whatever its grid: those for sequences are nearly constant over a few rows, so that
+    places are hardly heard beside what is there. Tokens that are no square grid count as one row.
     """
     side = math.isqrt(num_tokens)
-    columns = side if side * side == num_tokens else num_tokens
+    rows, columns = (side, side) if side * side == num_tokens else (1, num_tokens)
     place_T = torch.arange(num_tokens, device=device)
-    frequency_F = 100.0 ** -(torch.arange(width // 4, device=device) / (width // 4))
-    angle_T2F = torch.stack([place_T // columns, place_T % columns], dim=1)[..., None] * frequency_F
+    share_T2 = torch.stack([(place_T // columns + 0.5) / rows, (place_T % columns + 0.5) / columns], dim=1)
+    angle_T2F = math.pi / 2 * share_T2[..., None] * 16 ** torch.linspace(0, 1, width // 4, device=device)
     return F.pad(torch.cat([angle_T2F.sin(), angle_T2F.cos()], dim=-1).flatten(1), (0, width % 4))
 
 
@@ -243,6 +247,14 @@ def head_parameters(head: nn.Module) -> dict[str, int]:
     total = sum(p.numel() for p in head.parameters())
     projections = sum(p.numel() for name, p in head.named_parameters() if name.split(".")[-2] in ("image_projection", "projection"))
     return {"total": total, "without_projections": total - projections}
+
+
+def _embedding(num_ids: int, width: int, padding_idx: int | None = None) -> nn.Embedding:
+    """Draw vectors of EMBEDDING_STD."""
+    embedding = nn.Embedding(num_ids, width, padding_idx=padding_idx)
+    with torch.no_grad():
+        embedding.weight.mul_(EMBEDDING_STD)
+    return embedding
 
 
 def _question_states(x_RSD: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:
