@@ -24,7 +24,7 @@ from kdstore.jsonfile import make_folders, write_bytes
 from kdstore.study.drawing import Figure, Palette, inline_svg
 from kdstore.study.figures import all_figures, palette_of, write_figures
 from kdstore.study.tables import all_tables, arm_label, arms_of, score_label, write_tables
-from kdstore.study.tabular import Cell, Table, brief, texts
+from kdstore.study.tabular import Cell, Table, brief, cells
 
 _TONES = {"monotone": "good", "holds": "good", "yes": "good", "not monotone": "bad", "fails": "bad", "not decidable": "open", "not run": "open"}
 
@@ -67,7 +67,7 @@ SECTIONS = (
         "curves",
         behind=("curves",),
     ),
-    Section("cost", "Score and cost", "A teacher's store is counted once for each student here, though all its students share it.", "cost", behind=("arms",)),
+    Section("cost", "Score and cost", "A teacher's store is counted once for each student here, though all its students share it.", "cost", behind=("cost",)),
     Section(
         "prediction",
         "What predicts the student",
@@ -180,7 +180,7 @@ def _facts(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _by_seed(arm: dict[str, Any]) -> Table:
     rows = [
-        (*texts(score_label(name)), Cell(value=score["mean"], low=score.get("low"), high=score.get("high")), *texts(_seeds(score)))
+        (*cells(score_label(name)), Cell(value=score["mean"], low=score.get("low"), high=score.get("high")), *cells(_seeds(score)))
         for name, score in arm["scores"].items()
     ]
     return Table("", "", ("score", "mean", "by seed"), tuple(rows))

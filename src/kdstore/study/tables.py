@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdstore.jsonfile import make_folders, write_bytes
-from kdstore.study.tabular import FORMS, Cell, Table, texts
+from kdstore.study.tabular import FORMS, Cell, Table, cells
 
 NO_TEACHER, BORN_AGAIN, QUESTION_ONLY = "no teacher", "born-again", "question-only"  # of CONTROLS
 _RETRIEVAL = {"t2i": "image by text", "i2t": "text by image"}
@@ -21,7 +21,7 @@ _MARKS = 6  # of a learning curve, in its table
 def all_tables(content: dict[str, Any]) -> dict[str, Table]:
     """Return {name: table} of those that have rows."""
     made = [
-        *(_verdicts(content), _points(content), _inversions(content), _arms(content), _gains(content), _kinds(content), _curves(content)),
+        *(_verdicts(content), _points(content), _inversions(content), _arms(content), _gains(content), _kinds(content), _curves(content), _cost(content)),
         *(_prediction(content), _teachers(content), _students(content), _spectra(content), *_agreement(content), _controls(content), _failures(content)),
     ]
     return {table.name: table for table in made if table.rows}
@@ -127,8 +127,8 @@ def _arms(content: dict[str, Any]) -> Table:
         count, cost = arm.get("parameters") or {}, arm.get("cost") or {}
         millions = [_number(n / 1e6 if n is not None else None, 2) for n in (count.get("total"), count.get("without_token_embedding"))]
         seconds = [_number(cost.get(name), 0) for name in ("seconds", "teacher_seconds")]
-        learned = texts(arm["student"], arm["samples"], " ".join(map(str, arm["seeds"])))
-        rows.append((_named(arm), *texts(arm["kind"], arm["loss"]), *(_score(arm["scores"].get(s), arm["id"]) for s in scores), *learned, *millions, *seconds))
+        learned = cells(arm["student"], arm["samples"], " ".join(map(str, arm["seeds"])))
+        rows.append((_named(arm), *cells(arm["kind"], arm["loss"]), *(_score(arm["scores"].get(s), arm["id"]) for s in scores), *learned, *millions, *seconds))
     titles = ("arm", "kind", "loss", *map(score_label, scores), "student", "samples", "seeds")
     return Table(
         "arms",
@@ -139,7 +139,7 @@ def _arms(content: dict[str, Any]) -> Table:
 
 
 def _cell(verdict: dict[str, Any]) -> Sequence[Cell]:
-    return texts(verdict["loss"], verdict["student"], verdict["samples"], verdict["vqa"], score_label(verdict["strength"]))
+    return cells(verdict["loss"], verdict["student"], verdict["samples"], verdict["vqa"], score_label(verdict["strength"]))
 
 
 _CELL = ("loss", "student", "samples", "VQA set", "strength")
@@ -150,7 +150,7 @@ def _verdicts(content: dict[str, Any]) -> Table:
     for verdict in content.get("verdicts") or []:
         rho = verdict.get("spearman") or {}
         found = Cell(value=rho.get("rho"), low=rho.get("low"), high=rho.get("high"), digits=2)
-        rows.append((*_cell(verdict), *texts(verdict["verdict"]), found, _number(rho.get("p"), 3), *texts(verdict["sentence"])))
+        rows.append((*_cell(verdict), *cells(verdict["verdict"]), found, _number(rho.get("p"), 3), *cells(verdict["sentence"])))
     return Table(
         "verdicts",
         "The verdict of every cell, with the rank correlation of teacher strength and student VQA.",
@@ -171,7 +171,7 @@ def _points(content: dict[str, Any]) -> Table:
             *_cell(verdict),
             _number(point["strength"]),
             Cell(value=point["score"], low=point.get("low"), high=point.get("high"), source=student_id(verdict, point["teacher"])),
-            *texts(" ".join(f"{x:z.1f}" for x in point.get("by_seed") or [])),
+            *cells(" ".join(f"{x:z.1f}" for x in point.get("by_seed") or [])),
         )
         for verdict in content.get("verdicts") or []
         for point in verdict["points"]
@@ -203,8 +203,8 @@ def _gains(content: dict[str, Any]) -> Table:
     for gain in content.get("gains") or []:
         arm = by_id[gain["arm"]]
         difference = Cell(value=gain["difference"], low=gain.get("low"), high=gain.get("high"), source=arm["id"])
-        said = texts(arm["loss"], arm["student"], arm["samples"], against(gain, by_id), score_label(gain["score"]))
-        rows.append((_named(arm), *said, difference, *texts(" ".join(f"{x:+z.1f}" for x in gain.get("by_seed") or []))))
+        said = cells(arm["loss"], arm["student"], arm["samples"], against(gain, by_id), score_label(gain["score"]))
+        rows.append((_named(arm), *said, difference, *cells(" ".join(f"{x:+z.1f}" for x in gain.get("by_seed") or []))))
     caption = "What an arm has over another of the same student, loss and length: points, paired by seed, with the 95 % interval."
     return Table("gains", caption, ("arm", "loss", "student", "samples", "over", "score", "points", "by seed"), tuple(rows))
 
@@ -219,7 +219,7 @@ def _kinds(content: dict[str, Any]) -> Table:
     kinds = kind_scores(arms)
     sets = {name.split("/")[1] for name in kinds}
     rows = [
-        (_named(arm), *texts(arm["loss"], arm["student"], arm["samples"]), *(_score(arm["scores"].get(kind), arm["id"]) for kind in kinds))
+        (_named(arm), *cells(arm["loss"], arm["student"], arm["samples"]), *(_score(arm["scores"].get(kind), arm["id"]) for kind in kinds))
         for arm in arms
         if any(kind in arm["scores"] for kind in kinds)
     ]
@@ -236,10 +236,24 @@ def _curves(content: dict[str, Any]) -> Table:
     for name, curve in curves.items():
         at = {samples: Cell(value=mean, low=low, high=high, digits=3, source=name) for samples, mean, low, high in curve}
         rows.append(
-            (_named(by_id[name]), *texts(by_id[name]["loss"], by_id[name]["student"], by_id[name]["samples"]), *(at.get(mark, Cell()) for mark in marks))
+            (_named(by_id[name]), *cells(by_id[name]["loss"], by_id[name]["student"], by_id[name]["samples"]), *(at.get(mark, Cell()) for mark in marks))
         )
     caption = "Training loss at so many samples seen: mean over seeds and, in brackets, the lowest and highest seed. Losses of different sums do not compare."
     return Table("curves", caption, ("arm", "loss", "student", "samples", *(f"at {mark:,}" for mark in marks)), tuple(rows))
+
+
+def _cost(content: dict[str, Any]) -> Table:
+    arms = [arm for arm in arms_of(content) if arm["samples"] and (arm.get("cost") or {}).get("seconds") is not None]
+    scores = [name for name in overall_scores(arms) if name.startswith("vqa/")]
+    rows = [
+        (
+            *(_named(arm), *cells(arm["loss"], arm["student"], arm["samples"]), *(_score(arm["scores"].get(s), arm["id"]) for s in scores)),
+            *(_number(arm["cost"].get(name), 0) for name in ("seconds", "teacher_seconds")),
+        )
+        for arm in arms
+    ]
+    caption = "Seconds to train one student, and those of its teacher's store, which all of the teacher's students share."
+    return Table("cost", caption, ("arm", "loss", "student", "samples", *map(score_label, scores), "student's seconds", "teacher's seconds"), tuple(rows))
 
 
 def _prediction(content: dict[str, Any]) -> Table:
@@ -247,7 +261,7 @@ def _prediction(content: dict[str, Any]) -> Table:
     for p in content.get("prediction") or []:
         rho = Cell(value=p["rho"], low=p.get("low"), high=p.get("high"), digits=2)
         better = {True: "yes", False: "no"}.get(p.get("beats_strength"))
-        rows.append((*texts(p["measure"]), rho, _number(p.get("p"), 3), _number(p.get("left_out_error"), 2), *texts(better, p["sentence"])))
+        rows.append((*cells(p["measure"]), rho, _number(p.get("p"), 3), _number(p.get("left_out_error"), 2), *cells(better, p["sentence"])))
     caption = "Rank correlation of each measure of the teachers with their students' VQA, and the error in points when it predicts a teacher that was left out."
     return Table("prediction", caption, ("measure", "Spearman's rho", "p", "left-out error", "better than strength", "in words"), tuple(rows))
 
@@ -270,7 +284,7 @@ def _students(content: dict[str, Any]) -> Table:
     for name, values in found.items():
         if name in by_id:
             arm = by_id[name]
-            rows.append((_named(arm), *texts(arm["loss"], arm["student"], arm["samples"]), *(_measured(values.get(m)) for m in measures)))
+            rows.append((_named(arm), *cells(arm["loss"], arm["student"], arm["samples"]), *(_measured(values.get(m)) for m in measures)))
     return Table("diagnostics-students", "What was measured between a student and its teacher.", ("arm", "loss", "student", "samples", *measures), tuple(rows))
 
 
@@ -305,7 +319,7 @@ def _controls(content: dict[str, Any]) -> Table:
     for arm in arms_of(content):
         first.setdefault(control_of(arm), arm["id"])
     rows = [
-        (Cell(c["name"], source=first.get(c["name"], "")), *texts(c["expected"], c["tolerance"], c["found"], c["verdict"], c["why"]))
+        (Cell(c["name"], source=first.get(c["name"], "")), *cells(c["expected"], c["tolerance"], c["found"], c["verdict"], c["why"]))
         for c in content.get("controls") or []
     ]
     caption = "What was expected of each control before the first run, what was found, and whether it holds."
@@ -313,5 +327,5 @@ def _controls(content: dict[str, Any]) -> Table:
 
 
 def _failures(content: dict[str, Any]) -> Table:
-    rows = [tuple(texts(f["label"], f["reason"], f["log"])) for f in content.get("failures") or []]
+    rows = [tuple(cells(f["label"], f["reason"], f["log"])) for f in content.get("failures") or []]
     return Table("failures", "Tasks that failed, each with its log.", ("task", "reason", "log"), tuple(rows))

@@ -15,6 +15,7 @@ from kdstore.evaluate.tables import aligned_table, inert
 
 _TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "[": "{[}", "]": "{]}", "`": r"\textasciigrave{}"}
+_SETTINGS = ("loss", "student", "samples", "seeds", "VQA set", "strength", "score")  # columns that say which arm a row is of
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ def plain(text: str) -> str:
 
 
 def brief(table: Table) -> Table:
-    """Leave out columns (but the first) that are empty, and those of text that say the same in every row: the caption says it once."""
+    """Leave out columns (but the first) that are empty, and those of `_SETTINGS` that are the same in every row: the caption says it once."""
     kept, said = [0], []
     for i, title in enumerate(table.columns[1:], start=1):
         found = {row[i].shown for row in table.rows}
         if found == {"-"}:
             continue
-        if len(found) > 1 or len(table.rows) < 2 or table.numeric(i):
+        if len(found) > 1 or len(table.rows) < 2 or title not in _SETTINGS:
             kept.append(i)
         else:
             said.append(f"{title[:1].upper()}{title[1:]}: {found.pop()}.")
@@ -80,9 +81,9 @@ def brief(table: Table) -> Table:
 def as_markdown(table: Table) -> str:
     """Render the brief form of a table."""
     table = brief(table)
-    texts = next((i for i in range(len(table.columns)) if table.numeric(i)), len(table.columns))
+    words = next((i for i in range(len(table.columns)) if table.numeric(i)), len(table.columns))
     rows = [[_md(cell.shown) + f" {cell.interval}".rstrip() for cell in row] for row in table.rows]
-    return f"{_md(table.caption)}\n\n{aligned_table([[_md(title) for title in table.columns], *rows], num_texts=texts)}"
+    return f"{_md(table.caption)}\n\n{aligned_table([[_md(title) for title in table.columns], *rows], num_texts=words)}"
 
 
 def as_csv(table: Table) -> str:
@@ -125,6 +126,6 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(c, c) for c in text)
 
 
-def texts(*values: object) -> Sequence[Cell]:
-    """Return a cell of text for each value; None is an empty one."""
-    return [Cell("" if value is None else f"{value:,}" if isinstance(value, int) else str(value)) for value in values]
+def cells(*values: str | int | None) -> Sequence[Cell]:
+    """Return a cell for each value; None is an empty one."""
+    return [Cell(value=value, digits=0) if isinstance(value, int) else Cell(value or "") for value in values]

@@ -236,6 +236,7 @@ def test_tables_hold_every_number_with_its_interval_in_all_three_forms(study: di
     rows = list(csv.DictReader(io.StringIO(as_csv(tables["arms"]))))
     for row, arm in zip(rows, study["arms"], strict=True):
         score = arm["scores"]["vqa/scenes/overall"]
+        assert row["samples"] == str(arm["samples"] or "")
         assert [float(row[f"VQA scenes{end}"]) for end in ("", " low", " high")] == [score["mean"], score["low"], score["high"]]
     assert "53.5 [52.0, 54.9]" in as_markdown(tables["strength"])
     assert r"M, 80k & clip + 1*crd & 63.9 & 53.5 {\footnotesize {[}52.0, 54.9{]}}" in as_latex(tables["strength"])
