@@ -161,17 +161,19 @@ def test_the_command_shows_the_plan_and_its_exit_code_says_whether_all_is_done(t
             cli.main()
         return ended.value.code, capsys.readouterr().out
 
-    code, said = run("--out", str(tmp_path / "nothing"), "--dry-run", "--set", "study.seeds=[0,1]")
+    elsewhere = ("device='a'", "source='b'", "teacher_gmacs_per_second=1", "student_gmacs_per_second=1")
+    rates = [part for setting in elsewhere for part in ("--set", f"cost.{setting}")]
+    code, said = run("--out", str(tmp_path / "nothing"), "--dry-run", "--set", "study.seeds=[0,1]", *rates)
     assert code in (0, None)
     assert not (tmp_path / "nothing").exists()
-    assert "extracted once for" in said
+    assert "runs that read it" in said
     code, said = run("--out", str(out), "--json")
     assert code in (0, None)
     assert json.loads(said)["ran"] == 0
     task = tiny_study.plan.tasks[taught["retrieval"]]
     result_path(out, task).unlink()
     (out / "locks" / task.name / "lock.json").mkdir()  # nobody can take it
-    assert run("--out", str(out))[0] == 1
+    assert run("--out", str(out), *rates)[0] == 1
 
 
 def toml_of(tiny):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdstore.cli.options import Json
 from kdstore.cli.screen import bars, say, show
 from kdstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kdstore.study.config import StudyConfig
+    from kdstore.study.cost import StudyCost
+    from kdstore.study.grid import Plan
 
 study_app = typer.Typer(no_args_is_help=True, help="Do better teachers make better students? A grid of both, with controls and honest intervals.")
 
@@ -18,7 +23,7 @@ study_app = typer.Typer(no_args_is_help=True, help="Do better teachers make bett
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the study (docs/study.md).")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder of everything that the study makes; begun studies go on.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it costs, and stop.")] = False,
     workers: Annotated[int | None, typer.Option(help="Tasks at once on this machine, each in a process; default 1.")] = None,
     scheduler: Annotated[str | None, typer.Option(metavar="TCP://HOST:PORT", help="The scheduler of a dask cluster whose workers share DIR.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any setting of the recipe.")] = None,
@@ -29,13 +34,16 @@ def run(
         raise ConfigError("Tasks run on at least one worker here, or on a cluster.", "Give --workers N, or --scheduler.")
     from kdstore.study.config import read_study
     from kdstore.study.grid import plan_study
-    from kdstore.study.run import check_names, plan_record, run_study
+    from kdstore.study.run import check_names, finished, plan_record, run_study
 
     config = read_study(recipe, settings)
     check_names(config)
-    plan = plan_record(plan_study(config), out)
+    plan = plan_study(config)
+    done = finished(plan, out)
+    cost = _cost(config, plan, done, dry_run) if len(done) < len(plan.tasks) else None
     if dry_run or not as_json:
-        show(plan, as_json, text=_plan_text(plan))
+        planned = plan_record(plan, done)
+        show({**planned, "cost": cost.record if cost else None}, as_json, text=_plan_text(planned, cost))
     if dry_run:
         return
     with bars() as on_progress:
@@ -49,12 +57,28 @@ def run(
         raise typer.Exit(1)
 
 
-def _plan_text(plan: dict[str, Any]) -> str:
-    """Write a plan for people."""
+def _cost(config: StudyConfig, plan: Plan, done: set[str], dry_run: bool) -> StudyCost | None:
+    """Work out what is left to pay; a run goes on where that cannot be known."""
+    from kdstore.study.cost import cost_of_plan
+
+    try:
+        with bars() as on_progress:
+            return cost_of_plan(config, plan, done, on_progress=on_progress)
+    except ConfigError as e:
+        if dry_run:
+            raise
+        say(f"notice: the cost is not known. {e.message}")
+        return None
+
+
+def _plan_text(plan: dict[str, Any], cost: StudyCost | None) -> str:
+    """Write a plan for people: what is counted has a line in the tables of its cost."""
+    from kdstore.study.costtable import cost_text
+
+    counted = {line.stage for line in cost.lines} if cost else set()
     lines = [f"{plan['tasks']} tasks, {plan['done']} of them done; {plan['arms']} arms"]
-    lines += [f"{kind:>12}  {count['all']:4} tasks, {count['done']} done" for kind, count in plan["kinds"].items()]
-    lines += [f"{'store':>12}  {label}: extracted once for {students} students" for label, students in plan["students_of_a_store"].items()]
-    return "\n".join(lines)
+    lines += [f"{kind:>16}  {count['all']:4} tasks, {count['done']} done" for kind, count in plan["kinds"].items() if kind not in counted]
+    return "\n".join([*lines, *(["", cost_text(cost)] if cost else [])])
 
 
 @study_app.command("merge")

@@ -19,13 +19,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdstore.errors import ModelError
+from kdstore.models import towers
 from kdstore.models.load import parameter_counts, quiet
-from kdstore.models.names import resolve
+from kdstore.models.names import architecture_of, demo_teachers, resolve
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters: all, all but the token embedding, and those of the image tower; GMACs of one sample of the model's own size, `pixels` a side."""
+    """Parameters: all, all but the token embedding, and those of the image tower; GMACs of one sample of the model's own size, `pixels` a side.
+
+    `embed_dim` is the width of an embedding, `tokens` the number and the width of an image's tokens.
+    """
 
     parameters: int
     without_token_embedding: int
@@ -33,19 +37,45 @@ class Cost:
     image_gmacs: float
     text_gmacs: float
     pixels: int
+    embed_dim: int
+    tokens: tuple[int, int]
 
 
 def cost_of(name: str) -> Cost:
-    """Count what an architecture costs, named as a student is (without weights); raises UnknownName and ModelError as `resolve` does."""
-    resolved = resolve(name, untrained=True)
-    with quiet(), torch.device("meta"):
-        clip = open_clip.create_model(resolved.open_clip_name, load_weights=False, pretrained_text=False, device="meta").eval()
-        pixels = clip.visual.image_size if isinstance(clip.visual.image_size, int) else clip.visual.image_size[0]
-        image_BCHW, tokens_BL = torch.empty(1, 3, pixels, pixels), torch.ones(1, clip.context_length, dtype=torch.long)
+    """Count what a model costs, of whose name the architecture is taken and no weights; raises UnknownName and ModelError as `resolve` does."""
+    with torch.device("meta"):
+        clip = build_without_weights(name, "meta").eval()
+        image_BCHW, tokens_BL = samples_of(clip, 1)
         image_gmacs, text_gmacs = gmacs(clip.encode_image, image_BCHW), gmacs(clip.encode_text, tokens_BL)
+        with torch.no_grad():
+            embedding_BD, tokens_BTW = towers.image_tokens(clip, image_BCHW, None)
     counts = parameter_counts(clip)
     in_image = sum(p.numel() for p in clip.visual.parameters())
-    return Cost(counts["total"], counts["without_token_embedding"], in_image, image_gmacs, text_gmacs, pixels)
+    shapes = embedding_BD.shape[1], (tokens_BTW.shape[1], tokens_BTW.shape[2])
+    return Cost(counts["total"], counts["without_token_embedding"], in_image, image_gmacs, text_gmacs, image_BCHW.shape[2], *shapes)
+
+
+def build_without_weights(name: str, device: str | torch.device) -> Any:
+    """Build the architecture of a model with random weights, without its tokenizer: nothing is fetched, unless the name is of the hub.
+
+    Raises UnknownName and ModelError as `resolve` does, and ModelError where the hub does not say what such a model is.
+    """
+    folder = demo_teachers().get(name)
+    resolved = resolve(f"local-dir:{folder}" if folder else architecture_of(name), untrained=True)
+    try:
+        with quiet():
+            return open_clip.create_model(resolved.open_clip_name, load_weights=False, pretrained_text=False, device=device)
+    except Exception as e:
+        if not resolved.name.startswith("hf-hub:"):
+            raise
+        raise ModelError(f"Cannot read the architecture of {resolved.name}: {type(e).__name__}.", "Check the network.") from e
+
+
+def samples_of(clip: Any, batch: int, device: str | torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images [B, 3, H, W] and token ids [B, L] of a model's own size, which mean nothing."""
+    size = clip.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(batch, 3, height, width, device=device), torch.ones(batch, clip.context_length, dtype=torch.long, device=device)
 
 
 def parameters_of(model_config: dict[str, Any]) -> dict[str, int]:

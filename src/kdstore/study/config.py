@@ -62,6 +62,35 @@ class Grid:
             raise ConfigError("The loss 'none' is the control 'no teacher', which is in every study.", "Leave it out of losses.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """The table [cost], for a plan made where the data or the machine are not: how many pairs there are, and how fast the machine is (docs/study.md).
+
+    Rates are GMACs per second, of models that encode and of students in training; without them `peak` gives hours at assumed shares of it.
+    """
+
+    images: int | None = None  # of the data
+    captions: float = 1.0  # of each of these images
+    retrieval_images: int | None = None
+    retrieval_captions: float = 1.0
+    device: str = ""
+    source: str = ""  # of the rates
+    teacher_gmacs_per_second: float | None = None
+    student_gmacs_per_second: float | None = None
+    peak_gmacs_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        rates = (self.teacher_gmacs_per_second, self.student_gmacs_per_second)
+        if (rates[0] is None) != (rates[1] is None):
+            raise ConfigError("[cost] gives one rate of two.", "Give teacher_gmacs_per_second and student_gmacs_per_second.")
+        given = [rate for rate in (*rates, self.peak_gmacs_per_second) if rate is not None]
+        counts = [count for count in (self.images, self.captions, self.retrieval_images, self.retrieval_captions) if count is not None]
+        if any(not number > 0 for number in (*given, *counts)):
+            raise ConfigError("Counts and rates of [cost] must be positive.", "Correct [cost].")
+        if given and not (self.device and self.source):
+            raise ConfigError("[cost] gives a rate and not of which device, or not from where.", "Write device and source, which are shown with the hours.")
+
+
 @dataclass(frozen=True)
 class StudyConfig:
     """A recipe: the grid, labels -> models, the settings of each stage that decide results (without defaults) and those of the machine."""
@@ -74,6 +103,7 @@ class StudyConfig:
     machine: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
     folders: dict[str, str] = field(default_factory=dict)  # name -> path here, of VQA data sets, sources and models
     sweep: dict[str, list[Any]] = field(default_factory=dict)
+    cost: CostConfig = CostConfig()  # no part of the recipe
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -119,6 +149,7 @@ def parse_study(tables: dict[str, dict[str, Any]]) -> StudyConfig:
         {stage: {name: value for name, value in table.items() if name in _STAGES[stage].machine} for stage, table in given.items()},
         {name: str(Path(path).absolute()) for name, path in _texts(tables, "folders").items()},
         {name: list(values) if isinstance(values, list) else [values] for name, values in tables.get("sweep", {}).items()},
+        make_config(CostConfig, tables.get("cost", {}), where="[cost]", hint="All: docs/study.md."),
     )
     _check(config)
     return config
@@ -208,4 +239,4 @@ _STAGES = {
         ("device", "encode_batch", "pixels_gib", "save_every"),
     ),
 }
-TABLES = ("study", "teachers", "students", *_STAGES, "folders", "sweep")
+TABLES = ("study", "teachers", "students", *_STAGES, "folders", "sweep", "cost")

@@ -67,17 +67,14 @@ def finished(plan: Plan, out: str | Path) -> set[str]:
     return {digest for digest, task in plan.tasks.items() if read_done(out, task) is not None}
 
 
-def plan_record(plan: Plan, out: str | Path) -> dict[str, Any]:
-    """Say what a plan holds: tasks per kind, how many are done already, and what is shared."""
-    done = finished(plan, out)
+def plan_record(plan: Plan, done: set[str]) -> dict[str, Any]:
+    """Say what a plan holds: tasks per kind, and how many of them are done already."""
     kinds = dict.fromkeys(task.kind for task in plan.tasks.values())
-    used = {digest: sum(digest in task.needs and task.kind == "distill" for task in plan.tasks.values()) for digest in plan.tasks}
     return {
         "tasks": len(plan.tasks),
         "done": len(done),
         "kinds": {kind: {"all": len(of := plan.of_kind(kind)), "done": sum(task.digest in done for task in of)} for kind in kinds},
         "arms": len(plan.arms),
-        "students_of_a_store": {plan.tasks[digest].label: used[digest] for digest in plan.stores.values()},
     }
 
 

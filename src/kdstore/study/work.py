@@ -24,7 +24,7 @@ from kdstore.errors import ConfigError, Interrupted, KdstoreError, RunError, Sto
 from kdstore.jsonfile import read_json, write_json
 from kdstore.process import keep_freed_memory
 from kdstore.progress import OnProgress
-from kdstore.store import open_store, take_lock
+from kdstore.store import open_store, store_stats, take_lock
 from kdstore.study.config import PROTOCOL
 from kdstore.study.folder import RESULT_STAGE, RUNS, STORES, lock_folder, read_done, result_path
 from kdstore.study.grid import Task, task_of
@@ -138,6 +138,8 @@ def _extract(job: Job, on_progress: OnProgress) -> Done:
     out = f"{STORES}/{job.task.name}"
     given = {"teacher": job.model, "data": job.place(job.task.settings["data"]), "out": out}
     result = extract(make_config(ExtractConfig, job.task.settings, job.machine, given), on_progress=on_progress)
+    if job.task.settings.get("tokens", "none") != "none":
+        store_stats(out, on_progress=on_progress)  # by which losses of tokens bring every teacher to one scale
     store = open_store(out)
     alike = {"source": store.identity["source"]["fingerprint"]}
     if not job.needs:  # a run's weights have other last bits on other hardware
