@@ -115,6 +115,12 @@ class StudyConfig:
     def digest(self) -> str:
         return digest_of({"protocol": PROTOCOL, **self.recipe})
 
+    @property
+    def random_architecture(self) -> str:
+        """The random teacher's architecture: by default the first teacher's name without its tag."""
+        first = next(iter(self.teachers.values()))
+        return self.grid.random_architecture or (first if first.startswith(("hf-hub:", "local-dir:")) else first.partition(":")[0])
+
     def place(self, name: str) -> str:
         """Return where on this machine lies what the recipe names: its folder if it has one, else the name itself."""
         return self.folders.get(name, name)

@@ -126,8 +126,7 @@ class _Builder:
             yield Arm("teacher", None, label, None, None, None, {seed: cell})
         first = next(iter(config.teachers))
         if "random teacher" not in without:
-            random = grid.random_architecture or _architecture(config.teachers[first])
-            self.stores[RANDOM] = self.extract(RANDOM, {"teacher": random, "untrained_seed": grid.random_seed})
+            self.stores[RANDOM] = self.extract(RANDOM, {"teacher": config.random_architecture, "untrained_seed": grid.random_seed})
         for student in config.students:
             yield from self.controls_of(student, seed)
             taught: list[tuple[str | None, str, str]] = [(None, label, self.stores[label]) for label in config.teachers]
@@ -229,8 +228,3 @@ class _Builder:
         task = Task(kind, label, settings, needs)
         self.tasks.setdefault(task.digest, task)
         return task.digest
-
-
-def _architecture(model: str) -> str:
-    """Return a model's name without its tag."""
-    return model if model.startswith(("hf-hub:", "local-dir:")) else model.partition(":")[0]

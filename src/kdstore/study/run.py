@@ -93,7 +93,7 @@ def check_names(config: StudyConfig) -> None:
     for name in config.teachers.values():
         if name not in config.folders:
             resolve(name)
-    for name in config.students.values():
+    for name in (*config.students.values(), config.random_architecture):
         if name not in config.folders:
             resolve(name, untrained=True)
     for name in grid.vqa:
