@@ -81,6 +81,20 @@ def _plan_text(plan: dict[str, Any], cost: StudyCost | None) -> str:
     return "\n".join([*lines, *(["", cost_text(cost)] if cost else [])])
 
 
+@study_app.command("report")
+def report(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a study, whole or not.")],
+    as_json: Json = False,
+) -> None:
+    """Write DIR/report: one page that opens offline, with tables and figures as files beside it; --json prints what they are made of."""
+    from kdstore.study.collect import collect
+    from kdstore.study.report import write_report
+
+    content = collect(folder)
+    page = write_report(Path(folder) / "report", content)
+    show(content, as_json, text=f"{content['headline']['sentence']}\n{page}")
+
+
 @study_app.command("merge")
 def merge(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of studies.")],

@@ -77,10 +77,10 @@ EXPLAINED = {
     "margin_binding": "Mean lead of the true caption over that with two objects' colours exchanged, in logits at the model's own scale.",
     "image_cka": "Debiased linear CKA of the two models' images; 1 is the same structure, 0 none in common.",
     "text_cka": "Debiased linear CKA of the two models' captions; 1 is the same structure, 0 none in common.",
-    "image_neighbours": "Share of an image's 10 nearest images that the two models have in common, percent.",
-    "text_neighbours": "Share of a caption's 10 nearest captions that the two models have in common, percent.",
-    "image_top1": "Images for which the two models choose the same caption, percent.",
-    "text_top1": "Captions for which the two models choose the same image, percent.",
+    "image_neighbours": "Share of an image's 10 nearest images that the two models have in common; 1 is all.",
+    "text_neighbours": "Share of a caption's 10 nearest captions that the two models have in common; 1 is all.",
+    "image_top1": "Share of the images for which the two models choose the same caption; 1 is all.",
+    "text_top1": "Share of the captions for which the two models choose the same image; 1 is all.",
     "capacity_gap": "How many times the student's parameters the teacher has, both without token embedding.",
 }
 """Measure -> what it is, and its direction. A student's agreement with its teacher stands as `probes/MEASURE`, and on rows trained on as `seen/MEASURE`."""
@@ -234,15 +234,15 @@ def measures_of_one(side: Side, drawn: Drawn, words: Sequence[str]) -> dict[str,
 
 
 def measures_of_two(a: Side, b: Side, drawn: Drawn) -> dict[str, float]:
-    """Measure how far two models agree on the same rows: names of EXPLAINED."""
+    """Measure how far two models agree on the same rows: names of EXPLAINED, 1 where they are the same."""
     (a_image, a_text), (b_image, b_text) = ((side.image_ND, _first(side.text_MD, drawn)) for side in (a, b))
     return {
         "image_cka": debiased_linear_cka(a_image, b_image),
         "text_cka": debiased_linear_cka(a_text, b_text),
-        "image_neighbours": mutual_neighbours(a_image, b_image, NEIGHBOURS),
-        "text_neighbours": mutual_neighbours(a_text, b_text, NEIGHBOURS),
-        "image_top1": top1_agreement((a_image, a_text), (b_image, b_text)),
-        "text_top1": top1_agreement((a_text, a_image), (b_text, b_image)),
+        "image_neighbours": mutual_neighbours(a_image, b_image, NEIGHBOURS) / 100,
+        "text_neighbours": mutual_neighbours(a_text, b_text, NEIGHBOURS) / 100,
+        "image_top1": top1_agreement((a_image, a_text), (b_image, b_text)) / 100,
+        "text_top1": top1_agreement((a_text, a_image), (b_text, b_image)) / 100,
     }
 
 
