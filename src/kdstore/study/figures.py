@@ -37,6 +37,7 @@ from kdstore.study.tables import (
     control_of,
     kind_scores,
     mean_curves,
+    measure_label,
     overall_scores,
     score_label,
     taught_by,
@@ -124,11 +125,11 @@ def _bar(axes: Any, x: float, y: float, ends: Sequence[float | None], *, color: 
 
 def _strength(content: dict[str, Any], colors: Palette) -> Iterable[Figure]:
     verdicts = [v for v in content.get("verdicts") or [] if v["points"]]
-    named = [{name: v[name] for name in ("loss", "student", "samples", "vqa", "strength")} for v in verdicts]
+    named = [{name: v[name] for name in ("student", "samples", "vqa")} for v in verdicts]
     for i, (verdict, cell) in enumerate(zip(verdicts, named, strict=True)):
         score = f"vqa/{verdict['vqa']}/overall"
         none = (_control(content, NO_TEACHER, verdict) or {"scores": {}})["scores"].get(score)
-        title = f"{verdict['loss']}: {verdict['verdict']}" + _titled(cell | {"loss": ""}, [c | {"loss": ""} for c in named], " ").rstrip()
+        title = _titled(cell, named, f"{verdict['loss']}: {verdict['verdict']}")
         axes = panel(title, f"teacher's {score_label(verdict['strength'])} (%)", "student's VQA accuracy (%)", right=0.4)
         points = [*verdict["points"], *_born_again(content, verdict, score)]
         heights = [
@@ -342,10 +343,10 @@ def _prediction(content: dict[str, Any], colors: Palette) -> Iterable[Figure]:
         return
     points = [(i, p | {"mean": p["rho"]}, role("accent") if p.get("beats_strength") else role("none"), "o") for i, p in enumerate(found)]
     title = "Spearman's rho with the students' VQA"
-    axes = _rows(title, "rho", [p["measure"] for p in found], [points], "blue: better than strength")
+    axes = _rows(title, "rho", [measure_label(p["measure"]) for p in found], [points], "blue: better than strength")
     axes.set_xlim(-1.05, 1.05)
     axes.axvline(0, color=role("none"), linewidth=1, zorder=1)
-    said = "; ".join(f"{p['measure']} {_range(p | {'mean': p['rho']}, 2)}" for p in reversed(found))
+    said = "; ".join(f"{measure_label(p['measure'])} {_range(p | {'mean': p['rho']}, 2)}" for p in reversed(found))
     yield Figure("prediction", title, f"{title}, strongest first: {said}.", axes.figure)
 
 
@@ -372,7 +373,8 @@ def _spectra(content: dict[str, Any], colors: Palette) -> Iterable[Figure]:
 
 
 def _agreement(content: dict[str, Any], colors: Palette) -> Iterable[Figure]:
-    for i, (measure, found) in enumerate(((content.get("diagnostics") or {}).get("agreement") or {}).items()):
+    for i, (name, found) in enumerate(((content.get("diagnostics") or {}).get("agreement") or {}).items()):
+        measure = measure_label(name)
         names, matrix = [short(name, 16) for name in found["names"]], found["matrix"]
         known = [x for row in matrix for x in row if x is not None and math.isfinite(x)]
         low, high = min(known, default=0.0), max(known, default=1.0)

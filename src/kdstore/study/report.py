@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -23,7 +22,7 @@ import kdstore
 from kdstore.jsonfile import make_folders, write_bytes
 from kdstore.study.drawing import Figure, Palette, inline_svg
 from kdstore.study.figures import all_figures, palette_of, write_figures
-from kdstore.study.tables import all_tables, arm_label, arms_of, score_label, write_tables
+from kdstore.study.tables import all_tables, arm_label, arms_of, measure_label, score_label, write_tables
 from kdstore.study.tabular import Cell, Table, brief, cells
 
 _TONES = {"monotone": "good", "holds": "good", "yes": "good", "not monotone": "bad", "fails": "bad", "not decidable": "open", "not run": "open"}
@@ -108,7 +107,7 @@ def render(content: dict[str, Any], tables: dict[str, Table], figures: dict[str,
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["tone"] = lambda text: _TONES.get(text, "")
     environment.filters["signed"] = lambda text: text.replace("-", "\N{MINUS SIGN}")
-    environment.filters["slug"] = lambda text: re.sub(r"\W+", "-", text)
+    environment.filters["label"] = measure_label
     script = _resource("report.js")
     return environment.from_string(_resource("report.html")).render(
         content=content,
@@ -149,7 +148,7 @@ def _warnings(content: dict[str, Any]) -> list[tuple[str, str, str]]:
     found = []
     for control in content.get("controls") or []:
         if control["verdict"] == "fails":
-            found.append(("controls", f"The control {control['name']} misbehaves.", f"Expected: {control['expected']} Found: {control['found']}"))
+            found.append(("controls", f"The control {control['name']} misbehaves.", control["why"] or control["found"]))
     left_out = [control["name"] for control in content.get("controls") or [] if control["verdict"] == "not run"]
     if left_out:
         found.append(("controls", f"Not run: {', '.join(left_out)}.", "What they would have shown is not known."))

@@ -44,6 +44,11 @@ def score_label(score: str) -> str:
     return f"R@{k} {_RETRIEVAL.get(side, side.replace('_', ' '))}" if family == "retrieval" and k else score
 
 
+def measure_label(measure: str) -> str:
+    """Name a diagnostic for people."""
+    return measure.replace("_", " ")
+
+
 def arm_label(arm: dict[str, Any]) -> str:
     """Name an arm for people."""
     if arm["kind"] != "control":
@@ -148,15 +153,16 @@ _CELL = ("loss", "student", "samples", "VQA set", "strength")
 def _verdicts(content: dict[str, Any]) -> Table:
     rows = []
     for verdict in content.get("verdicts") or []:
-        rho = verdict.get("spearman") or {}
-        found = Cell(value=rho.get("rho"), low=rho.get("low"), high=rho.get("high"), digits=2)
-        rows.append((*_cell(verdict), *cells(verdict["verdict"]), found, _number(rho.get("p"), 3), *cells(verdict["sentence"])))
-    return Table(
-        "verdicts",
-        "The verdict of every cell, with the rank correlation of teacher strength and student VQA.",
-        (*_CELL, "verdict", "Spearman's rho", "p", "why"),
-        tuple(rows),
-    )
+        trend, rho = (verdict.get(name) or {} for name in ("trend", "spearman"))
+        found = (
+            Cell(value=trend.get("difference"), low=trend.get("low"), high=trend.get("high")),
+            Cell(value=rho.get("rho"), low=rho.get("low"), high=rho.get("high"), digits=2),
+            _number(rho.get("p"), 3),
+        )
+        rows.append((*_cell(verdict), *cells(verdict["verdict"]), *found, *cells(f"{verdict['sentence']} {verdict.get('in_general') or ''}".strip())))
+    caption = "The verdict of every cell; the mean over pairs of teachers of stronger minus weaker, in points; Spearman's rank correlation of strength and VQA."
+    titles = ("verdict", "stronger minus weaker", "Spearman's rho", "p of rho", "in words")
+    return Table("verdicts", caption, (*_CELL, *titles), tuple(rows))
 
 
 def student_id(verdict: dict[str, Any], teacher: str) -> str:
@@ -261,9 +267,18 @@ def _prediction(content: dict[str, Any]) -> Table:
     for p in content.get("prediction") or []:
         rho = Cell(value=p["rho"], low=p.get("low"), high=p.get("high"), digits=2)
         better = {True: "yes", False: "no"}.get(p.get("beats_strength"))
-        rows.append((*cells(p["measure"]), rho, _number(p.get("p"), 3), _number(p.get("left_out_error"), 2), *cells(better, p["sentence"])))
+        rows.append(
+            (
+                *cells(measure_label(p["measure"])),
+                rho,
+                _number(p.get("p"), 3),
+                _number(p.get("p_holm"), 3),
+                _number(p.get("left_out_error"), 2),
+                *cells(better, p["sentence"]),
+            )
+        )
     caption = "Rank correlation of each measure of the teachers with their students' VQA, and the error in points when it predicts a teacher that was left out."
-    return Table("prediction", caption, ("measure", "Spearman's rho", "p", "left-out error", "better than strength", "in words"), tuple(rows))
+    return Table("prediction", caption, ("measure", "Spearman's rho", "p", "p after Holm", "left-out error", "better than strength", "in words"), tuple(rows))
 
 
 def _diagnostics(content: dict[str, Any]) -> dict[str, Any]:
@@ -274,7 +289,7 @@ def _teachers(content: dict[str, Any]) -> Table:
     found = _diagnostics(content).get("teachers") or {}
     measures = list(dict.fromkeys(m for values in found.values() for m in values))
     rows = [(_of_teacher(teacher), *(_measured(values.get(m)) for m in measures)) for teacher, values in found.items()]
-    return Table("diagnostics-teachers", "What was measured on each teacher's store.", ("teacher", *measures), tuple(rows))
+    return Table("diagnostics-teachers", "What was measured on each teacher's store.", ("teacher", *map(measure_label, measures)), tuple(rows))
 
 
 def _students(content: dict[str, Any]) -> Table:
@@ -285,7 +300,12 @@ def _students(content: dict[str, Any]) -> Table:
         if name in by_id:
             arm = by_id[name]
             rows.append((_named(arm), *cells(arm["loss"], arm["student"], arm["samples"]), *(_measured(values.get(m)) for m in measures)))
-    return Table("diagnostics-students", "What was measured between a student and its teacher.", ("arm", "loss", "student", "samples", *measures), tuple(rows))
+    return Table(
+        "diagnostics-students",
+        "What was measured between a student and its teacher.",
+        ("arm", "loss", "student", "samples", *map(measure_label, measures)),
+        tuple(rows),
+    )
 
 
 def _spectra(content: dict[str, Any]) -> Table:
@@ -301,7 +321,7 @@ def _agreement(content: dict[str, Any]) -> list[Table]:
     return [
         Table(
             f"agreement-{slug(measure)}",
-            f"Agreement between teachers: {measure}.",
+            f"Agreement between teachers: {measure_label(measure)}.",
             ("teacher", *found["names"]),
             tuple((_of_teacher(name), *(_number(x, 2) for x in row)) for name, row in zip(found["names"], found["matrix"], strict=True)),
         )
