@@ -2,8 +2,8 @@
 
     python scripts/kill_studies.py --kills 20 --pairs 3 [--recipe recipes/study-smoke.toml]
 
-Every run is `kdstore study run` in a process forked from this one, which has imported everything and computed nothing; its tasks are forked from it. A kill
-takes the run and the processes of its tasks, or the run alone, whose tasks then end by themselves while the next run is already there.
+Every run is `kdstore study run` in a process forked from this one, which has imported everything and computed nothing; its tasks are forked from it in
+turn. A kill takes the run and the processes of its tasks, or the run alone, whose tasks then end by themselves while the next run is already there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +18,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of a result depend on the number of threads
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -41,7 +42,37 @@ extract = {unit_rows = 16}
 distill = {batch_size = 32, save_every = 1, log_every = 1}
 retrieval = {data = "scenes/retrieval:40"}
 vqa = {train_images = 20, eval_images = 20, epochs = 1, save_every = 2}
+cost = {device = "any", source = "given, so that nothing is timed", teacher_gmacs_per_second = 1.0, student_gmacs_per_second = 1.0}
 """
+
+
+class Task:
+    """A task's process, forked from a run that has imported everything; what a study asks of a multiprocessing.Process."""
+
+    def __init__(self, target: Callable[..., None], args: tuple[object, ...]) -> None:
+        self.target, self.args, self.pid = target, args, 0
+        self._exitcode: int | None = None
+
+    def start(self) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 99
+            try:
+                self.target(*self.args)
+            except SystemExit as e:
+                status = int(e.code or 0)
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+
+    @property
+    def exitcode(self) -> int | None:
+        if self._exitcode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self._exitcode = os.waitstatus_to_exitcode(ended[1])
+        return self._exitcode
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
 
 
 def results(study: Path) -> dict[str, object]:
@@ -69,7 +100,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    study_run.FORKS = multiprocessing.get_context("fork")  # everything is imported here
+    study_run.FORKS = SimpleNamespace(Process=Task)  # type: ignore[assignment]
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="kill-studies-"))
     log, recipe = folder / "log.txt", asked.recipe or folder / "recipe.toml"
