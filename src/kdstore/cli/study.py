@@ -84,14 +84,15 @@ def _plan_text(plan: dict[str, Any], cost: StudyCost | None) -> str:
 @study_app.command("report")
 def report(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a study, whole or not.")],
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the report; default: DIR/report.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write DIR/report: one page that opens offline, with tables and figures as files beside it; --json prints what they are made of."""
+    """Write one page that opens offline, with its tables and figures as files beside it; --json prints what they are made of."""
     from kdstore.study.collect import collect
     from kdstore.study.report import write_report
 
     content = collect(folder)
-    page = write_report(Path(folder) / "report", content)
+    page = write_report(Path(out or f"{folder}/report"), content)
     show(content, as_json, text=f"{content['headline']['sentence']}\n{page}")
 
 

@@ -316,7 +316,7 @@ def _cost(content: dict[str, Any], colors: Palette) -> Iterable[Figure]:
         shown = [*none, *arms]
         unit, per = ("hours", 3600.0) if max(map(_seconds, shown)) > 7200 else ("minutes", 60.0)
         title = _titled(cell | {"score": score_label(cell["score"])}, [c | {"score": score_label(c["score"])} for c, _ in cells]) or str(cell["loss"])
-        axes = panel(title, f"{unit}: one student and its teacher's store", "student's VQA accuracy (%)", right=0.4)
+        axes = panel(title, f"{unit}: a student and its share of the store", "student's VQA accuracy (%)", right=0.4)
         scores = [arm["scores"][cell["score"]] for arm in shown]
         axes.set_xlim(*_padded([_seconds(arm) / per for arm in shown], 0.12))
         axes.set_ylim(*_padded([x for s in scores for x in (s["mean"], s.get("low"), s.get("high")) if x is not None], 0.08))

@@ -66,7 +66,9 @@ SECTIONS = (
         "curves",
         behind=("curves",),
     ),
-    Section("cost", "Score and cost", "A teacher's store is counted once for each student here, though all its students share it.", "cost", behind=("cost",)),
+    Section(
+        "cost", "Score and cost", "The time to train a student, and its share of the time in which its teacher's store was made.", "cost", behind=("cost",)
+    ),
     Section(
         "prediction",
         "What predicts the student",

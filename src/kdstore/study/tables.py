@@ -137,8 +137,8 @@ def _arms(content: dict[str, Any]) -> Table:
     titles = ("arm", "kind", "loss", *map(score_label, scores), "student", "samples", "seeds")
     return Table(
         "arms",
-        "Scores in percent, means over seeds with their 95 % intervals; parameters with and without token embedding; seconds of student and teacher.",
-        (*titles, "parameters (M)", "without tokens (M)", "seconds", "teacher's seconds"),
+        "Scores in percent, means over seeds with their 95 % intervals; parameters with and without tokens; seconds to train, and share of the store's.",
+        (*titles, "parameters (M)", "without tokens (M)", "seconds", "share of the store's"),
         tuple(rows),
     )
 
@@ -258,8 +258,8 @@ def _cost(content: dict[str, Any]) -> Table:
         )
         for arm in arms
     ]
-    caption = "Seconds to train one student, and those of its teacher's store, which all of the teacher's students share."
-    return Table("cost", caption, ("arm", "loss", "student", "samples", *map(score_label, scores), "student's seconds", "teacher's seconds"), tuple(rows))
+    caption = "Seconds to train one student, and its share of those in which its teacher's store was made."
+    return Table("cost", caption, ("arm", "loss", "student", "samples", *map(score_label, scores), "student's seconds", "share of the store's"), tuple(rows))
 
 
 def _prediction(content: dict[str, Any]) -> Table:
