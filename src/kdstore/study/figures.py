@@ -127,20 +127,13 @@ def _strength(content: dict[str, Any], colors: Palette) -> Iterable[Figure]:
     verdicts = [v for v in content.get("verdicts") or [] if v["points"]]
     named = [{name: v[name] for name in ("student", "samples", "vqa")} for v in verdicts]
     for i, (verdict, cell) in enumerate(zip(verdicts, named, strict=True)):
-        score = f"vqa/{verdict['vqa']}/overall"
-        none = (_control(content, NO_TEACHER, verdict) or {"scores": {}})["scores"].get(score)
+        none = _untaught(content, verdict)
         title = _titled(cell, named, f"{verdict['loss']}: {verdict['verdict']}")
         axes = panel(title, f"teacher's {score_label(verdict['strength'])} (%)", "student's VQA accuracy (%)", right=0.4)
-        points = [*verdict["points"], *_born_again(content, verdict, score)]
-        heights = [
-            x
-            for v in verdicts
-            if v["vqa"] == verdict["vqa"]
-            for p in [*v["points"], *_born_again(content, v, score)]
-            for x in (p["score"], p.get("low"), p.get("high"))
-            if x is not None
-        ]
-        heights += [x for x in ((none or {}).get(end) for end in ("mean", "low", "high")) if x is not None]
+        points = sorted([*verdict["points"], *_born_again(content, verdict)], key=lambda p: p["strength"])
+        alike = [v for v in verdicts if v["vqa"] == verdict["vqa"]]
+        shown = [p | {"mean": p["score"]} for v in alike for p in [*v["points"], *_born_again(content, v)]] + [_untaught(content, v) for v in alike]
+        heights = [s[end] for s in shown for end in ("mean", "low", "high") if s.get(end) is not None]
         places = [p["strength"] for p in points]
         axes.set_xlim(*_padded(places, 0.14))
         axes.set_ylim(*_padded(heights, 0.08))
@@ -160,8 +153,16 @@ def _strength(content: dict[str, Any], colors: Palette) -> Iterable[Figure]:
         yield Figure(f"strength-{i + 1}", title, f"Students' VQA over their teachers' strength, from the weakest to the strongest. {said}.{words}", axes.figure)
 
 
-def _born_again(content: dict[str, Any], verdict: dict[str, Any], score: str) -> list[dict[str, Any]]:
+def _untaught(content: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
+    """Return the VQA score of the verdict's student without a teacher; {} if it was not measured."""
+    arm = _control(content, NO_TEACHER, verdict) or {"scores": {}}
+    found: dict[str, Any] = arm["scores"].get(f"vqa/{verdict['vqa']}/overall") or {}
+    return found
+
+
+def _born_again(content: dict[str, Any], verdict: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the student of the teacher of its own size as one more point of the verdict's, if both were scored."""
+    score = f"vqa/{verdict['vqa']}/overall"
     arms = [arm for arm in arms_of(content) if control_of(arm) == BORN_AGAIN and arm["student"] == verdict["student"]]
     strengths = [arm["scores"][verdict["strength"]]["mean"] for arm in arms if arm["loss"] is None and verdict["strength"] in arm["scores"]]
     scores = [arm["scores"].get(score) for arm in arms if (arm["loss"], arm["samples"]) == (verdict["loss"], verdict["samples"])]

@@ -169,6 +169,7 @@ def test_every_figure_says_in_words_what_is_seen_and_has_its_table(pages: Callab
     assert page.locator("figure svg:not([aria-hidden=true])").count() == 0
     assert page.evaluate("[...document.querySelectorAll('section:has(figure)')].every((part) => part.querySelector('table caption'))")
     label = page.locator("#strength [role=img]").first.get_attribute("aria-label")
+    assert "the strongest. born-again at 24.5: 47.6" in label
     assert "M, 80k at 63.9: 53.5 [52.0, 54.9]" in label
     assert "Without a teacher: 46.0 [44.9, 47.2]" in label
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
