@@ -48,7 +48,7 @@ def run(
         return
     with bars() as on_progress:
         result = run_study(config, out, workers=workers or 1, scheduler=scheduler, on_progress=on_progress)
-    show(result, as_json)
+    show(result, as_json, text=f"{result.done} of {result.total} tasks are done, {result.ran} of them by this run, in {result.path}")
     for failure in result.failed:
         say(f"failed: {failure.label}: {failure.reason} ({failure.log})")
     for label in result.skipped:

@@ -28,7 +28,7 @@ from kdstore.store.lock import LOCK
 from kdstore.study.config import StudyConfig
 from kdstore.study.folder import LOCKS, begin_study, lock_folder, log_path, note_failure, read_done, write_job
 from kdstore.study.grid import Plan, Task, plan_study
-from kdstore.study.work import BUSY, begin, without_unread
+from kdstore.study.work import BUSY, FOUND, HEADER, begin, without_unread
 
 POLL_SECONDS = 0.2
 BUSY_SECONDS = 30.0  # until a task that another process does is tried again though its lock is still there: its holder may be dead
@@ -147,6 +147,7 @@ class _Shift:
     skipped: dict[str, Task] = field(default_factory=dict)
     running: dict[str, Future[int]] = field(default_factory=dict)
     elsewhere: dict[str, float] = field(default_factory=dict)  # digest -> when it is tried again at the latest
+    patient: bool = False  # about workers, which was said
 
     def __post_init__(self) -> None:
         self.done = finished(self.plan, self.out)
@@ -168,6 +169,9 @@ class _Shift:
         for digest in [digest for digest, future in self.running.items() if future.done()]:
             self._end(self.plan.tasks[digest], self.running.pop(digest))
         room = self.crew.room() - len(self.running)
+        if room <= 0 and not self.running and not self.patient:
+            self.patient = True
+            self.on_progress("notice", 0, 0, "waiting for workers: the cluster has none")
         for task in list(self.waiting):
             if any(need in self.failed or need in self.skipped for need in task.needs):
                 self.skipped[task.digest] = task
@@ -210,9 +214,9 @@ class _Shift:
         code = None if error else future.result()
         if code == BUSY:
             self.elsewhere[task.digest] = time.monotonic() + BUSY_SECONDS
-        elif code == 0 and read_done(self.out, task) is not None:
+        elif code in (0, FOUND) and read_done(self.out, task) is not None:
             self.done.add(task.digest)
-            self.ran.add(task.digest)
+            self.ran |= {task.digest} if code == 0 else set()
         else:
             log = log_path(self.out, task)
             reason = f"{type(error).__name__}: {error}" if error else why(code or 0, log)
@@ -234,9 +238,8 @@ def why(code: int, log: Path) -> str:
     if code < 0:
         killed = signal.Signals(-code).name
         return f"killed by {killed}{', perhaps for its memory' if killed == 'SIGKILL' else ''}"
-    with open(log, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    said = log.read_bytes()[-LAST_BYTES:].decode(errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(HEADER)]
     return lines[-1] if lines else f"it ended with {code} and said nothing"
 
 
@@ -327,6 +330,9 @@ class _Cluster:
     """The workers of a dask cluster, one process for each of their threads: a worker for a GPU has one thread."""
 
     client: Any
+
+    def __post_init__(self) -> None:
+        self._knock = self.client.submit(os.getpid, pure=False)  # an adaptive cluster starts no worker before it has a task
 
     def room(self) -> int:
         if self.client.status != "running":

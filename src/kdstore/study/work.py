@@ -29,7 +29,8 @@ from kdstore.study.config import PROTOCOL
 from kdstore.study.folder import RESULT_STAGE, RUNS, STORES, lock_folder, read_done, result_path
 from kdstore.study.grid import Task, task_of
 
-BUSY = 75  # exit code: another process does this task now
+BUSY, FOUND = 75, 76  # exit codes: another process does this task now, or has done it
+HEADER = "---"  # begins what a process writes to the log
 CURVE_POINTS = 200
 SPEAK_SECONDS = 30.0
 
@@ -106,13 +107,14 @@ def _do(path: Path) -> int:
     job = _read_job(path)
     lock = take_lock(lock_folder("", job.task))
     try:
-        if read_done("", job.task) is None:
-            print(f"--- {datetime.datetime.now().astimezone().isoformat(timespec='seconds')} {job.task.kind}: {job.task.label}", flush=True)
-            started = time.perf_counter()
-            done = DOES[job.task.kind](job, _speaker())
-            made = {"seconds": round(time.perf_counter() - started, 1), **done.made}
-            content = {"task": job.task.record, "task_digest": job.task.digest, "alike": {"protocol": PROTOCOL, **done.alike}, "content": done.content}
-            write_json(result_path("", job.task), {"stage": RESULT_STAGE, **content, "made": made})
+        if read_done("", job.task) is not None:
+            return FOUND
+        print(f"{HEADER} {datetime.datetime.now().astimezone().isoformat(timespec='seconds')} {job.task.kind}: {job.task.label}", flush=True)
+        started = time.perf_counter()
+        done = DOES[job.task.kind](job, _speaker())
+        made = {"seconds": round(time.perf_counter() - started, 1), **done.made}
+        content = {"task": job.task.record, "task_digest": job.task.digest, "alike": {"protocol": PROTOCOL, **done.alike}, "content": done.content}
+        write_json(result_path("", job.task), {"stage": RESULT_STAGE, **content, "made": made})
     finally:
         lock.release()
     return 0
