@@ -13,9 +13,10 @@ def is_address(name: str) -> bool:
 
 
 def redacted(url: str) -> str:
-    """Return a URL without what may be secret in it: user, password, query and fragment."""
+    """Return a URL without what may be secret in it: user, password, query and fragment; nothing of one that a raw '/', '?' or '#' in a password cuts."""
     try:
         parts = urlsplit(url)
+        _ = parts.port  # raises ValueError where it is the beginning of a password
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme else url.partition("?")[0]
     except ValueError:
         return "a URL that cannot be read"

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
+WATCH_SECONDS = 0.1
 
 
 @contextmanager
-def held_signals(patient: bool) -> Iterator[Callable[[], int]]:
+def held_signals(patient: bool, stop: Callable[[], None] | None = None) -> Iterator[Callable[[], int]]:
     """Let the first Ctrl-C or SIGTERM wait for the end of a step; yields a function that returns the number of the signal that came, or 0.
 
+    `stop` is called soon after one came, to end what a step may wait for; by a thread, because a signal may find any lock held by the one that it interrupts.
     A second Ctrl-C interrupts at once, unless `patient`: torchrun and Slurm pass a signal on to processes that have it already. Only the main thread gets
     signals, and a process that ignores one (nohup) goes on doing so.
     """
@@ -31,8 +33,18 @@ def held_signals(patient: bool) -> Iterator[Callable[[], int]]:
 
     for number in before:
         signal.signal(number, note)
+    over = threading.Event()
+
+    def watch(stop: Callable[[], None]) -> None:
+        while not over.wait(WATCH_SECONDS):
+            if came:
+                return stop()
+
+    if stop is not None:
+        threading.Thread(target=watch, args=(stop,), name="kdstore-stopping", daemon=True).start()
     try:
         yield lambda: came[0] if came else 0
     finally:
+        over.set()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
+import signal
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -16,13 +18,13 @@ import pytest
 from kdstore.data.scenes import Scenes
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.train import distill
-from kdstore.errors import ConfigError, RunError
+from kdstore.errors import ConfigError, Interrupted, RunError
 from kdstore.store import Plan, StoreWriter, embedding_array, open_store
 
 
 @contextmanager
-def served(folder):
-    """A web server of a folder, as its address and the files that it was asked for."""
+def served(folder, send=None):
+    """A web server of a folder, as its address and the files that it was asked for; `send(path)` is called before a body is sent."""
     asked = Counter()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -32,6 +34,13 @@ def served(folder):
         def send_head(self):
             asked[self.path.lstrip("/")] += 1
             return super().send_head()
+
+        def copyfile(self, source, outputfile):
+            if send is not None:
+                self.wfile.flush()
+                send(self.path)
+            with suppress(OSError):  # who asked is gone
+                super().copyfile(source, outputfile)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -101,3 +110,25 @@ def test_a_store_larger_than_the_cache_is_read_in_windows_which_are_the_runs_own
             distill(replace(run, cache_gib=size / 6 / 2**30, out=str(tmp_path / "small")))
         with pytest.raises(RunError, match="shuffle is 'windows:16' there and 'windows:48' here"):
             distill(replace(run, shuffle="windows:48"))
+
+
+def test_ctrl_c_ends_the_wait_for_shards_and_the_run_goes_on_from_there(wide, settings, tmp_path):
+    settings |= {"epochs": 1, "cache_folder": str(tmp_path / "cache")}
+    stopped, once, waited_out = threading.Event(), threading.Semaphore(), []
+
+    def stall(path):
+        if "/embedding/c/" in path and not stopped.is_set():
+            if once.acquire(blocking=False):
+                os.kill(os.getpid(), signal.SIGINT)
+            waited_out.append(not stopped.wait(30))
+
+    with served(wide.parent, stall) as (url, asked):
+        run = DistillConfig(cache=f"{url}/{wide.name}", out=str(tmp_path / "run"), **settings)
+        with pytest.raises(Interrupted, match=r"Stopped at step 0 of 16; .* holds a checkpoint"):
+            distill(run)
+        stopped.set()
+        assert len(fetched(asked)) < 48
+        distill(replace(run, resume=True))
+    assert not any(waited_out)
+    distill(DistillConfig(cache=str(wide), out=str(tmp_path / "local"), **settings))
+    assert losses(tmp_path / "run") == losses(tmp_path / "local")

@@ -192,8 +192,9 @@ def train(
     settings_digest: str,
     on_progress: OnProgress,
     validate: Callable[[Training], dict[str, float]] | None = None,
+    stop: Callable[[], None] | None = None,
 ) -> None:
-    """Take all remaining steps, logging and saving into the run folder; `make` makes this process's share of a batch.
+    """Take all remaining steps, logging and saving into the run folder; `make` makes this process's share of a batch, and `stop` lets it wait no longer.
 
     Raises RunError where too many steps in a row are not finite, what `make` and `validate` raise on any process, and for a signal, once saved, Interrupted.
     """
@@ -226,7 +227,7 @@ def train(
         try:
             batch = next(batches)
         except KdstoreError as e:
-            error = e
+            error = None if isinstance(e, Interrupted) and signal_came() else e
         t.waited += time.perf_counter() - asked
         if signum := world.agree(error, signal_came()):
             save()
@@ -237,7 +238,7 @@ def train(
     with world.together():
         log = Log(path, t.step, writes=world.first)
     batches = read_ahead(make, range(t.step, t.steps), config.threads)
-    with closing(log), closing(batches), held_signals(patient=world.size > 1) as signal_came:
+    with closing(log), closing(batches), held_signals(world.size > 1, stop) as signal_came:
         began, seconds = time.perf_counter(), t.seconds
         while t.step < t.steps:
             batch, rate = coming(), t.learning_rate

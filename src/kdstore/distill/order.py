@@ -18,7 +18,7 @@ from kdstore.distill.config import DistillConfig
 from kdstore.distill.pairs import Pairs, Rows
 from kdstore.errors import ConfigError
 from kdstore.store import Store
-from kdstore.store.ahead import will_need
+from kdstore.store.ahead import stop_fetching, will_need
 from kdstore.store.cache import GIB, Cache
 from kdstore.store.demand import Demand, local_block, remote_bytes
 from kdstore.store.order import Batches
@@ -95,6 +95,11 @@ class Announcer:
         for store, array, rows in self._rows if len(coming) else ():
             soon = rows[coming]
             will_need(store, array, soon[soon >= 0])
+
+    def stop(self) -> None:
+        """End what is being fetched, and all that waits for it, with Interrupted."""
+        for store, array, _ in self._rows:
+            stop_fetching(store, array)
 
 
 def _reads(pairs: Pairs, stores: Sequence[Store], arrays: Sequence[str]) -> Iterator[tuple[Store, str, Rows, Rows]]:

@@ -146,7 +146,7 @@ def _distill(
         if state == "unfinished" or world.size > 1:  # every process starts from the first one's weights, to the bit
             content = world.from_first(lambda: read_checkpoint(path) if state == "unfinished" else training.checkpoint(digest_of(settings)))
             training.restore(load_checkpoint(content, path, settings, device))
-        train(training, make, path, digest_of(settings), on_progress, validate)
+        train(training, make, path, digest_of(settings), on_progress, validate, announce.stop if announce else None)
         with world.together():
             result = _result(path, pairs, training)
             if world.first:

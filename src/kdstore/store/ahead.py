@@ -98,6 +98,13 @@ def will_need(store: Store, name: str, rows: npt.ArrayLike) -> None:
                 os.posix_fadvise(fd, int(place * stride), int(stride), os.POSIX_FADV_WILLNEED)
 
 
+def stop_fetching(store: Store, name: str) -> None:
+    """End the transfers of the store that holds an array, if it is elsewhere: whoever waits for one of its files gets Interrupted."""
+    supply = store.located(name, np.empty(0, np.int64))[0]._manifest.supply
+    if supply is not None:
+        supply.stop()
+
+
 def _gather_into(store: Store, name: str, rows_B: npt.NDArray[Any], buffers: Arrays, allocate: Allocate) -> npt.NDArray[Any]:
     store.require(name)
     spec = store.arrays[name]

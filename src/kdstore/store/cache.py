@@ -50,8 +50,9 @@ class Cache:
                 raise ValueError
         except ValueError as e:
             raise ConfigError(f"KDSTORE_CACHE_GIB is '{said}', which is no size in GiB.", "Set a number above 0, or unset it.") from e
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdstore"
-        return cls(Path(folder or os.environ.get("KDSTORE_CACHE") or home).expanduser().absolute(), int(bound * GIB))
+        home = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kdstore")
+        chosen = os.path.expanduser(folder or os.environ.get("KDSTORE_CACHE") or home)  # unlike Path's, no error for a user without a home
+        return cls(Path(chosen).absolute(), int(bound * GIB))
 
     def path(self, entry: FileEntry) -> Path:
         """Return where a file lies when it is here."""
@@ -123,7 +124,7 @@ class Cache:
             fd = os.open(_in_transit(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not path.exists() and self._make_room():  # it may have got its name since
+                if os.fstat(fd).st_nlink and not path.exists() and self._make_room():  # since it was opened, it may have been removed or got its name
                     return fd
                 _forget_if_empty(path)
             except BlockingIOError:
@@ -142,7 +143,7 @@ class Cache:
             if used <= self.max_bytes:
                 break
             with contextlib.suppress(FileNotFoundError, BlockingIOError):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     os.unlink(path)

@@ -31,6 +31,7 @@ MAX_MANIFEST_BYTES = 1 << 26  # twice that of 14 arrays of 8,192 shards
 MAX_MANIFEST_VALUES = 1 << 22  # an empty list takes 3 bytes of JSON and 64 of memory
 MAX_ROWS = 1 << 48  # row numbers times bytes per row stay within int64
 MAX_ARRAYS = 64
+MAX_FILE_BYTES = 1 << 60  # no disk has it, and a sum of a few is an int64
 MAX_METADATA_BYTES = 1 << 20
 _PART = "[a-z0-9_][a-z0-9_.-]*"
 _INSIDE = re.compile(f"{_PART}(?:/{_PART})*")
@@ -83,6 +84,10 @@ class Supply(Protocol):
 
     def announce(self, files: Mapping[str, FileEntry]) -> None:
         """Fetch files meanwhile, the first ones first."""
+        ...
+
+    def stop(self) -> None:
+        """End all transfers for good: whoever waits for a file gets Interrupted."""
         ...
 
     def reopening(self, digest: str) -> tuple[Any, ...]:
@@ -323,7 +328,7 @@ def _checked_path(name: str) -> str:
 
 def _entry(entry: dict[str, Any]) -> FileEntry:
     size, sha256, rows = entry["size"], entry["sha256"], entry.get("rows")
-    if type(size) is not int or size < 0 or not _SHA256.fullmatch(sha256):
+    if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES or not _SHA256.fullmatch(sha256):
         raise ValueError(f"not a file entry: {str(entry)[:200]}")
     if rows is None:
         return FileEntry(size, sha256, None)

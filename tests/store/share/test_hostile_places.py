@@ -137,5 +137,7 @@ def test_a_web_server_takes_no_store(pristine, web):
 
 def test_what_is_shown_of_a_url_holds_no_secret():
     assert redacted("https://me:secret@host:8/a/b?key=hidden#more") == "https://host:8/a/b"
+    for cut in "/?#":
+        assert "se" not in redacted(f"https://me:se{cut}cret@host/a").replace("read", "")
     said = without_secrets("cannot GET https://me:secret@host/a?X-Amz-Signature=hidden: no")
     assert said == "cannot GET https://host/a no"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
+import json
 import os
 import pickle
 import signal
@@ -15,8 +18,9 @@ import numpy as np
 import pytest
 
 from kdstore.errors import ConfigError, DamagedStore, DiskFull, IdentityMismatch, KdstoreError, TransferError
+from kdstore.jsonfile import write_json
 from kdstore.store import Cache, open_store, verify_store
-from kdstore.store.manifest import let_go
+from kdstore.store.manifest import FileEntry, let_go
 from kdstore.store.reader import Store
 from kdstore.store.share import Patience
 from kdstore.store.share.remote import remote_manifest
@@ -112,6 +116,50 @@ def test_a_process_that_is_killed_while_it_downloads_leaves_what_the_next_one_go
     assert not list((tmp_path / "cache").rglob("*~"))
 
 
+def test_who_opens_a_file_in_transit_just_before_it_is_removed_does_not_fetch_it_beside_another(tmp_path, monkeypatch):
+    cache, entry = cache_of(tmp_path), FileEntry(5, hashlib.sha256(b"bytes").hexdigest(), None)
+    partial = cache.path(entry).with_name(cache.path(entry).name + "~")
+    flock, removed = fcntl.flock, []
+
+    def late(fd, operation):
+        if operation == fcntl.LOCK_EX | fcntl.LOCK_NB and not removed:
+            removed.append(partial.unlink())  # by another, which no byte came to
+        flock(fd, operation)
+
+    def fetch(path):
+        fd = os.open(partial, os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(fd, b"bytes")
+        os.close(fd)
+        os.replace(partial, path)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    let_go(cache.lease(entry, fetch, lambda seconds: None))
+    assert removed
+    assert cache.path(entry).read_bytes() == b"bytes"
+
+
+def test_a_shard_that_is_listed_larger_than_its_rows_is_not_fetched(web, noise, tmp_path):
+    web.root = tmp_path / "hostile"
+    web.root.mkdir()
+    for size, said in ((10 << 30, "lists 10737418240 bytes for image/embedding/c/3/0/0, which its shape does not fill"), (10**400, "not a file entry")):
+        content = json.loads((noise.path / "manifest.json").read_text())
+        content["files"]["image/embedding/c/3/0/0"]["size"] = size
+        write_json(web.root / "manifest.json", content)
+        with pytest.raises(DamagedStore, match=said):
+            open_store(web.url, cache_of(tmp_path))
+    assert {path for path, _, _ in web.asked} == {"manifest.json"}
+    assert not held(cache_of(tmp_path))
+
+
+def test_what_did_not_come_with_a_pinned_manifest_is_asked_for_again(web, noise, tmp_path):
+    web.faults["run.json"] = ["403"]
+    for there in (False, True, True):
+        assert (open_store(f"{web.url}#{noise.digest}", cache_of(tmp_path)).path / "run.json").is_file() == there
+    assert Counter(path for path, _, _ in web.asked)["manifest.json"] == 2
+
+
 def test_a_file_that_is_being_read_is_not_evicted_and_the_one_of_the_oldest_use_is(web, noise, tmp_path, patience):
     cache = cache_of(tmp_path, 3 * 2**18)  # two shards and what is small
     manifest = remote_manifest(web.url, cache, patience)
@@ -149,7 +197,7 @@ def test_an_address_may_pin_the_digest_and_then_what_is_in_the_cache_needs_no_se
     cache = cache_of(tmp_path)
     with pytest.raises(IdentityMismatch, match=f"has the store {noise.digest}, expected sha256:0000"):
         open_store(f"{web.url}#sha256:{'0' * 64}", cache)
-    with pytest.raises(ConfigError, match=r"'sha256:12' after .* is no digest"):
+    with pytest.raises(ConfigError, match=rf"What follows {web.url}# is no digest"):
         open_store(f"{web.url}#sha256:12", cache)
     store = open_store(f"{web.url}#{noise.digest}", cache)
     expected = store.gather("image/embedding", ROWS[:300])
@@ -202,6 +250,14 @@ def test_a_full_disk_is_said(web, noise, tmp_path, monkeypatch):
     assert np.isfinite(store.gather("image/embedding", [0])).all()
     with pytest.raises(DiskFull, match=r"needs .* bytes more, and its disk has"):
         cache_of(tmp_path).require_room(2**60)
+
+
+def test_who_has_no_home_may_still_name_a_cache(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "KDSTORE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 9)
+    assert str(Cache.default("/somewhere").folder) == "/somewhere"
+    assert Cache.default().folder.name == "kdstore"
 
 
 def test_commands_that_need_a_folder_say_so_of_an_address(tmp_path):

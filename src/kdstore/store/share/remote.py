@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from kdstore.address import redacted, store_name
-from kdstore.errors import ConfigError, KdstoreError, TransferError
+from kdstore.errors import ConfigError, DamagedStore, Interrupted, KdstoreError, TransferError
 from kdstore.jsonfile import disk_errors, make_folders, write_bytes
 from kdstore.store.cache import Cache
-from kdstore.store.layout import MANIFEST
+from kdstore.store.layout import MANIFEST, ArraySpec
 from kdstore.store.manifest import FileEntry, Manifest, let_go, read_manifest
 from kdstore.store.reader import open_store
 from kdstore.store.share.fetch import Stopped, Transfer, fetch_file
@@ -29,6 +29,7 @@ from kdstore.store.share.places import open_place
 from kdstore.store.share.pull import DIGEST, fetch_beside, mirrors_of, read_card, read_remote_manifest
 from kdstore.store.share.transport import Failure, Patience
 
+SLACK_BYTES = 1 << 20  # what headers of codecs may add to small chunks
 AT_ONCE = 8  # transfers of files that nobody waits for yet, and as many of those that are waited for together
 
 
@@ -40,7 +41,7 @@ def remote_manifest(address: str, cache: Cache, patience: Patience | None = None
     patience = patience or Patience()
     place, _, digest = address.partition("#")
     if digest and not DIGEST.fullmatch(digest):
-        raise ConfigError(f"'{digest}' after {redacted(place)} is no digest.", "Write ADDRESS#sha256: and 64 hex digits.")
+        raise ConfigError(f"What follows {redacted(place)}# is no digest.", "Write ADDRESS#sha256: and 64 hex digits, and %23 for a '#' that is part of it.")
     supply = Remote(place, cache, patience)
     root = functools.partial(_root, cache, place)
     if digest and (root(digest) / MANIFEST).is_file():
@@ -49,12 +50,24 @@ def remote_manifest(address: str, cache: Cache, patience: Patience | None = None
             if kept.digest == digest:
                 return replace(kept, supply=supply)
     encoded, manifest = read_remote_manifest(supply.mine.transfer, digest or None)
-    folder = root(manifest.digest)
+    _check_sizes(manifest, redacted(place))
+    folder, missed = root(manifest.digest), list[str]()
     with disk_errors(folder):
         make_folders(folder)
-        fetch_beside(supply.mine.transfer, folder, {"run.json": None, "stats.json": None})
-        write_bytes(folder / MANIFEST, encoded)
+        fetch_beside(supply.mine.transfer, folder, {"run.json": None, "stats.json": None}, lambda kind, done, total, said: missed.append(said))
+        if not missed:  # else whoever pins the digest asks for them again
+            write_bytes(folder / MANIFEST, encoded)
     return replace(manifest, root=folder, supply=supply)
+
+
+def _check_sizes(manifest: Manifest, place: str) -> None:
+    """Raise DamagedStore for a shard that is listed with more than any codec makes of its rows: it would be fetched, and push out what others use."""
+    for name, metadata in manifest.content["arrays"].items():
+        spec = ArraySpec.from_metadata(name, metadata)
+        for number in range(spec.num_shards):
+            entry = manifest.files.get(spec.shard_path(number))
+            if entry is not None and entry.size > 2 * spec.plain_shard_bytes(number) + SLACK_BYTES:
+                raise DamagedStore(f"{place} lists {entry.size} bytes for {spec.shard_path(number)}, which its shape does not fill.", "Tell its publisher.")
 
 
 def _root(cache: Cache, place: str, digest: str) -> Path:
@@ -101,7 +114,10 @@ class Remote:
         """Open a file, fetched first if need be."""
         mine = self.mine
         mine.coming.discard(path)
-        return self.cache.lease(entry, lambda target: self._fetch(mine, path, entry, target), mine.transfer.pause)
+        try:
+            return self.cache.lease(entry, lambda target: self._fetch(mine, path, entry, target), mine.transfer.pause)
+        except Stopped as e:
+            raise Interrupted(f"Stopped while {path} of {self.name} was on its way; what came is kept.") from e
 
     def bring(self, files: Mapping[str, FileEntry]) -> None:
         """Fetch files, several at once."""
@@ -126,6 +142,10 @@ class Remote:
             while mine.threads < min(AT_ONCE, len(mine.waiting)):
                 mine.threads += 1
                 threading.Thread(target=self._fetch_announced, args=(mine,), name="kdstore-coming", daemon=True).start()
+
+    def stop(self) -> None:
+        """End all transfers for good: whoever waits for a file gets Interrupted."""
+        self.mine.transfer.stop()
 
     def reopening(self, digest: str) -> tuple[Any, ...]:
         """Return how another process opens this store."""
@@ -153,5 +173,5 @@ class Remote:
                     return
                 path, entry = mine.waiting.popleft()
             if path in mine.coming:  # else it has been asked for meanwhile
-                with contextlib.suppress(KdstoreError, Stopped):  # said to whoever asks for it
+                with contextlib.suppress(KdstoreError):  # said to whoever asks for it
                     let_go(self.descriptor(path, entry))
