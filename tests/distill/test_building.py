@@ -116,11 +116,12 @@ def test_the_loss_of_a_run_is_that_of_the_exported_model_on_the_same_pairs(text_
 
 
 def no_dropout(student: str, tmp_path: Path) -> str:
-    """The session's student without patch dropout, as a config file."""
+    """The session's student without patch dropout, as a config file; its name is this test's, as open_clip keeps names of the process and reads files anew."""
     config = json.loads((Path(student.removeprefix("local-dir:")) / "open_clip_config.json").read_text())["model_cfg"]
     config["vision_cfg"].pop("patch_dropout")
-    (tmp_path / "whole-patches.json").write_text(json.dumps(config))
-    return str(tmp_path / "whole-patches.json")
+    path = tmp_path / f"{tmp_path.name}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
 
 
 def shown_captions(config: DistillConfig, source: Scenes) -> list[str]:
