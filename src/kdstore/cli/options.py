@@ -27,7 +27,7 @@ STAGES = {  # where the settings of each are, imported when asked for
     "vqa": "kdstore.evaluate.protocol:VqaConfig",
     "score": "kdstore.evaluate.protocol:ScoreConfig",
     "zeroshot": "kdstore.evaluate.protocol:ZeroshotConfig",
-    "retrieval": "kdstore.evaluate.retrieval:RetrievalConfig",
+    "retrieval": "kdstore.evaluate.protocol:RetrievalConfig",
     "probe": "kdstore.evaluate.protocol:ProbeConfig",
     "agreement": "kdstore.evaluate.protocol:AgreementConfig",
     "study": "kdstore.study.config:Grid",
