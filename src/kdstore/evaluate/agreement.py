@@ -21,7 +21,7 @@ from kdstore.evaluate.protocol import AgreementConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.jsonfile import digest_of
 from kdstore.metrics.agreement import debiased_linear_cka, mean_cosine, mutual_neighbours, similarity_rank_correlation, top1_agreement
-from kdstore.metrics.geometry import alignment, effective_rank, hubness, modality_gap, target_entropy, uniformity
+from kdstore.metrics.geometry import sphere_measures
 from kdstore.models.load import Model
 from kdstore.progress import OnProgress, silent
 from kdstore.store import Store, open_store
@@ -107,7 +107,7 @@ def _measures(student: _Side, teacher: _Side, k: int, on_progress: OnProgress) -
     rows["text"]["top1_image_agreement"] = top1_agreement((student.text_ND, student.image_ND), (teacher.text_ND, teacher.image_ND))
     for name, side in (("student", student), ("teacher", teacher)):
         on_progress("measures", len(rows), 4, name)
-        rows[name] = _of_one(side, k)
+        rows[name] = sphere_measures(side.image_ND, side.text_ND, side.scale, k, at_k=f"@{k}")
     on_progress("measures", 4, 4, "")
     return rows
 
@@ -120,21 +120,3 @@ def _of_both(a_ND: Array, b_ND: Array, k: int) -> dict[str, float]:
         f"mutual_neighbours@{k}": mutual_neighbours(a_ND, b_ND, k),
         "rank_correlation": similarity_rank_correlation(a_ND, b_ND),
     }
-
-
-def _of_one(side: _Side, k: int) -> dict[str, float]:
-    image_ND, text_ND = side.image_ND, side.text_ND
-    measures = {
-        "modality_gap": modality_gap(image_ND, text_ND),
-        "alignment": alignment(image_ND, text_ND),
-        "image_uniformity": uniformity(image_ND),
-        "text_uniformity": uniformity(text_ND),
-        "image_effective_rank": effective_rank(image_ND),
-        "text_effective_rank": effective_rank(text_ND),
-        f"image_hubness@{k}": hubness(text_ND, image_ND, k),
-        f"text_hubness@{k}": hubness(image_ND, text_ND, k),
-    }
-    if side.scale is not None:
-        measures["image_target_entropy"] = target_entropy(image_ND, text_ND, side.scale)
-        measures["text_target_entropy"] = target_entropy(text_ND, image_ND, side.scale)
-    return measures

@@ -105,3 +105,24 @@ def target_entropy(query_ND: np.ndarray, candidate_MD: np.ndarray, scale: float)
         log_share_BM = special.log_softmax(logit_BM, axis=1)
         total -= float((np.exp(log_share_BM) * log_share_BM).sum())
     return total / len(query_ND)
+
+
+def sphere_measures(image_ND: np.ndarray, text_ND: np.ndarray, scale: float | None, k: int, *, at_k: str = "") -> dict[str, float]:
+    """Return by name how images and their captions lie on the sphere: all measures above but those of false captions.
+
+    Entropies of soft targets only where the `scale` of the logits is known; `at_k` ends the names of hubness, which is of k neighbours.
+    """
+    measures = {
+        "modality_gap": modality_gap(image_ND, text_ND),
+        "alignment": alignment(image_ND, text_ND),
+        "image_uniformity": uniformity(image_ND),
+        "text_uniformity": uniformity(text_ND),
+        "image_effective_rank": effective_rank(image_ND),
+        "text_effective_rank": effective_rank(text_ND),
+        f"image_hubness{at_k}": hubness(text_ND, image_ND, k),
+        f"text_hubness{at_k}": hubness(image_ND, text_ND, k),
+    }
+    if scale is not None:
+        measures["image_target_entropy"] = target_entropy(image_ND, text_ND, scale)
+        measures["text_target_entropy"] = target_entropy(text_ND, image_ND, scale)
+    return measures

@@ -30,17 +30,7 @@ import pyarrow.compute as pc
 from kdstore.data.source import PROBE, Source
 from kdstore.errors import EvaluationError, IdentityMismatch
 from kdstore.metrics.agreement import debiased_linear_cka, mutual_neighbours, top1_agreement
-from kdstore.metrics.geometry import (
-    alignment,
-    caption_margins,
-    effective_rank,
-    hubness,
-    modality_gap,
-    preference,
-    spectrum,
-    target_entropy,
-    uniformity,
-)
+from kdstore.metrics.geometry import caption_margins, preference, spectrum, sphere_measures
 from kdstore.metrics.retrieval import retrieval_recall
 from kdstore.store import Store, fingerprint_of, open_store
 
@@ -177,7 +167,6 @@ def draw(store: Store, samples: int, words: Sequence[str] = ()) -> Drawn:
 
 def read_side(store: Store, drawn: Drawn) -> Side:
     """Read what a store's teacher made of the rows."""
-
     image_ND, text_MD, swapped_SD = (
         store.features(f"{side}/embedding", rows) for side, rows in (("image", drawn.image_N), ("text", drawn.text_M), ("text", drawn.swapped_NP2.ravel()))
     )
@@ -210,18 +199,8 @@ def measures_of_one(side: Side, drawn: Drawn, words: Sequence[str]) -> dict[str,
     measures = {
         "recall_t2i@1": recall["image_retrieval_recall@1"],
         "recall_i2t@1": recall["text_retrieval_recall@1"],
-        "modality_gap": modality_gap(image_ND, text_ND),
-        "alignment": alignment(image_ND, text_ND),
-        "image_uniformity": uniformity(image_ND),
-        "text_uniformity": uniformity(text_ND),
-        "image_effective_rank": effective_rank(image_ND),
-        "text_effective_rank": effective_rank(text_ND),
-        "image_hubness": hubness(text_ND, image_ND, NEIGHBOURS),
-        "text_hubness": hubness(image_ND, text_ND, NEIGHBOURS),
+        **sphere_measures(image_ND, text_ND, side.scale, NEIGHBOURS),
     }
-    if side.scale is not None:
-        measures["image_target_entropy"] = target_entropy(image_ND, text_ND, side.scale)
-        measures["text_target_entropy"] = target_entropy(text_ND, image_ND, side.scale)
     for p, word in enumerate(words):
         true_ND, false_ND = side.swapped_NP2D[:, p, 0], side.swapped_NP2D[:, p, 1]
         pairs_N = (true_ND != false_ND).any(axis=1)  # the same text stands twice where an image has nothing to exchange
