@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import ctypes
 import json
 import math
 import random
@@ -30,6 +29,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from kdstore.data import scenes
+from kdstore.process import keep_freed_memory
 
 CONFIGS = Path(scenes.__file__).parents[1] / "models" / "configs"
 TEACHERS = Path(scenes.__file__).parents[1] / "demo" / "teachers"
@@ -54,10 +54,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5_120, help="samples between evaluations")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    # Large tensors come and go every step; without this glibc returns them to the system each time.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 30)
-    libc.mallopt(-1, (1 << 31) - 1)
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     dice = random.Random(args.seed)
