@@ -49,7 +49,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
     scores = {arm.id: results.scores(arm) for arm in plan.arms}
     said = {arm_id: {name: summary(score) for name, score in of_arm.items()} for arm_id, of_arm in scores.items()}
     failures = [failure for digest, task in plan.tasks.items() if digest not in results.done and (failure := read_failure(folder, task)) is not None]
-    verdicts = _verdicts(config, plan, scores, said)
+    verdicts, diagnostics = _verdicts(config, plan, scores, said), _diagnostics(plan, results)
     content = {
         "stage": "study report",
         "name": config.grid.name,
@@ -66,8 +66,8 @@ def collect(folder: str | Path) -> dict[str, Any]:
         "gains": list(_gains(plan, scores)),
         "controls": judge_controls(plan, scores, _chance(plan, results), config.grid.without_controls, config.grid.margin),
         "curves": list(_curves(plan, results)),
-        "diagnostics": _diagnostics(plan, results),
-        "prediction": _prediction(config, plan, results, scores, said),
+        "diagnostics": diagnostics,
+        "prediction": _prediction(config, plan, diagnostics["teachers"], scores, said),
     }
     return content | {"threats": threats(content, config.grid.margin)}
 
@@ -266,9 +266,8 @@ def _explained(measure: str) -> str:
     return f"{rows[where]}{said[0].lower()}{said[1:]}" if where in rows else said
 
 
-def _prediction(config: StudyConfig, plan: Plan, results: Results, scores: Scores, said: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return which measure of a teacher tells how its students do: their mean over all cells that every teacher has, against its recall."""
-    measures = _diagnostics(plan, results)["teachers"]
+def _prediction(config: StudyConfig, plan: Plan, measures: Mapping[str, Mapping[str, float]], scores: Scores, said: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return which of the `measures` of teachers tells how their students do: their mean over all cells that every teacher has, against its recall."""
     teachers = [label for label in config.teachers if label in measures and STRENGTH in said[f"teacher|{label}"]]
     means: dict[str, list[float]] = {label: [] for label in teachers}
     for cell, arms in _cells(config, plan):
