@@ -340,7 +340,7 @@ def plural(noun: str, n: int) -> str:
 def questions(split: str, index: int, scene: Scene | None = None) -> tuple[Question, ...]:
     """Return the questions of a scene, at most one of each type; ten annotators answer, who disagree where hues overlap or by slips."""
     scene = scene or make_scene(split, index)
-    dice = Dice("questions-1", split, index)
+    dice = Dice("questions-2", split, index)
     asked = []
     for slot, (kind, ask) in enumerate(_ASK.items()):
         found = ask(dice, scene)
@@ -404,11 +404,16 @@ def _ask_color(dice: Dice, scene: Scene) -> _Asked | None:
     if found is None:
         return None
     text, target = found
+    return text, *_seen_color(target)
+
+
+def _seen_color(target: Thing) -> tuple[str, str, int]:
+    """Return an object's colour, the name that its hue leans to, and how many of ten say that one."""
     offset = (target.hue - HUES[target.color] + 180) % 360 - 180
     gap = _hue_neighbours(target.color)[offset > 0]
     neighbour = COLORS[(COLORS.index(target.color) + (1 if offset > 0 else -1)) % len(COLORS)]
     toward = abs(offset) / gap
-    return text, target.color, neighbour, 0 if toward < 0.35 else 1 if toward < 0.45 else 3
+    return target.color, neighbour, 0 if toward < 0.35 else 1 if toward < 0.45 else 3
 
 
 def _ask_shape(dice: Dice, scene: Scene) -> _Asked | None:
@@ -419,14 +424,20 @@ def _ask_shape(dice: Dice, scene: Scene) -> _Asked | None:
     return text, target.shape, dice.pick([s for s in SHAPES if s != target.shape]), _slip(dice)
 
 
+_SIDES: tuple[tuple[str, Callable[[Thing], float]], ...] = (
+    ("leftmost", lambda t: t.x),
+    ("rightmost", lambda t: -t.x),
+    ("topmost", lambda t: t.y),
+    ("bottommost", lambda t: -t.y),
+)
+
+
 def _ask_relation(dice: Dice, scene: Scene) -> _Asked | None:
-    known = dice.shuffled(unique(scene.things, "color", "shape"))
-    for a, b in ((a, b) for a in known for b in known if a is not b):
-        words = [w for w, gap in relations(a, b).items() if abs(gap) >= RELATION_GAP]
-        if words:
-            word = dice.pick(words)
-            text = f"is the {a.named('color', 'shape')} {word} the {b.named('color', 'shape')}?"
-            return _yes_no(dice, text, relations(a, b)[word] > 0)
+    """Ask for the colour of the object that lies outermost to one side; another one has another."""
+    for side, place in dice.shuffled(_SIDES):
+        target, *others = sorted(scene.things, key=place)
+        if any(t.color != target.color for t in others) and place(others[0]) - place(target) >= RELATION_GAP:
+            return f"what color is the {side} object?", *_seen_color(target)
     return None
 
 
