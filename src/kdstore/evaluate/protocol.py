@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from kdstore.config import check_at_least_one
+from kdstore.config import as_dict, check_at_least_one
 from kdstore.errors import ConfigError, UnknownName
 from kdstore.evaluate.datasets import check_vqa_name
 
@@ -37,7 +38,7 @@ class VqaConfig:
     width: int = 64
     layers: int = 2
     attention_heads: int = 4
-    epochs: int = 4
+    epochs: int = 6
     early_stopping: float = 0.0  # share of the training images held out to choose the epoch
     patience: int = 2  # epochs without a better score on these before training ends
     batch_images: int = 16
@@ -271,3 +272,11 @@ NOT_IN_DIGEST = (
     *("device", "encode_batch", "pixels_gib", "save_every", "leaks", "out"),
 )
 """Settings that are no part of the protocol: results of equal digests may stand in one table."""
+
+HEADS_VERSION = 2
+"""Of what heads compute by the same settings; part of the protocol, so that a result of other heads is never taken for, or compared with, one of these."""
+
+
+def vqa_protocol(config: VqaConfig) -> dict[str, Any]:
+    """Return what decides the answers to a task from the same features."""
+    return {name: value for name, value in as_dict(config).items() if name not in NOT_IN_DIGEST} | {"heads_version": HEADS_VERSION}
