@@ -80,6 +80,19 @@ def test_one_task_with_other_weights_is_refused_in_a_line_that_names_both(tmp_pa
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "alike"), [("extract", "source"), ("distill", "source"), ("distill", "precision"), ("retrieval", "evaluated"), ("vqa", "config_digest")]
+)
+def test_labs_that_share_no_task_are_refused_where_pairs_precision_or_questions_differ(tmp_path, kind, alike):
+    for lab, label, seed in (("one", "S", 0), ("other", "L", 1)):
+        config = finished(tmp_path / lab, teachers={label: TABLES["teachers"][label]}, study={"seeds": [seed], "without_controls": ["born-again"]})
+        for task in plan_study(config).of_kind(kind):
+            change(tmp_path / lab, task, **{alike: lab})
+    with pytest.raises(RunError, match=f'{kind}.* was not run alike: {alike}: .*one "one", .*other "other"'):
+        merge_studies([tmp_path / "one", tmp_path / "other"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_another_protocol_and_a_folder_that_is_taken_are_refused(tmp_path):
     finished(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "other")

@@ -2,6 +2,7 @@
 
 Only results travel, with the outcomes behind them; stores and runs stay where they are and are named. Labs may differ in teachers, students, losses, lengths,
 seeds, VQA sets and the controls that they left out, in nothing else; and what two of them have both run must have been run alike. Then the first one's counts.
+What only one of them has run must be of the same pairs, questions, metric and precision as the others' (`alike`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 from kdstore.errors import ConfigError, RunError
 from kdstore.evaluate.outcomes import outcomes_path
 from kdstore.jsonfile import differing_fields, disk_errors, make_folders, read_json
+from kdstore.study.alike import unlike
 from kdstore.study.config import PROTOCOL, StudyConfig, parse_study
 from kdstore.study.folder import RESULTS, STUDY, load_study, read_done, result_path, write_study
-from kdstore.study.grid import plan_study
+from kdstore.study.grid import Task, plan_study
 
 MANY = ("losses", "samples", "seeds", "vqa")  # of [study]: in the merged one, all that any of them has
 OWN = ("name", "random_architecture", "without_controls", *MANY)  # of [study]: in which labs may differ
@@ -45,11 +47,13 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> MergeResult
     merged = _joined(configs)
     first: dict[str, tuple[str, Path, dict[str, Any]]] = {}  # by digest: whose, its file, what must be equal
     counts, in_both, elsewhere = dict.fromkeys(configs, 0), 0, {}
+    every: list[tuple[str, Task, dict[str, Any]]] = []
     for folder, config in configs.items():
         for digest, task in plan_study(config).tasks.items():
             found = read_done(folder, task)
             if found is None:
                 continue
+            every.append((folder, task, found))
             if digest in first:
                 other, _, alike = first[digest]
                 if differ := differing_fields(alike, found["alike"], (other, folder)):
@@ -60,6 +64,8 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> MergeResult
             counts[folder] += 1
             if made := found["content"].get("store") or found["content"].get("run"):
                 elsewhere[task.name] = str((Path(folder) / made).absolute())
+    if said := unlike(every):
+        raise RunError(said[0], "Run it again in one of them, with the other's data and settings of the machine.")
     with disk_errors(out):
         make_folders(out / RESULTS)
         for _, path, _ in first.values():
