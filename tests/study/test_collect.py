@@ -25,6 +25,7 @@ from kdstore.study.config import PROTOCOL, StudyConfig, parse_study
 from kdstore.study.controls import CONTROLS
 from kdstore.study.folder import RESULT_STAGE, begin_study, note_failure, result_path
 from kdstore.study.grid import Arm, Plan, Task, plan_study
+from kdstore.study.report import _warnings
 
 TEACHERS = ("S", "M", "L", "XL", "XXL")
 KINDS = ("count", "exist")
@@ -170,6 +171,19 @@ def test_a_control_that_misbehaves_is_told_in_the_controls_and_first_of_the_thre
     assert {name for name, control in verdicts.items() if control["verdict"] == "fails"} == {"permuted targets"}
     assert "3.0 points above no teacher in vqa/scenes/overall" in verdicts["permuted targets"]["why"]
     assert content["threats"][0]["title"] == "Controls misbehave"
+
+
+def test_results_of_two_versions_of_the_head_are_told_above_the_verdict(tmp_path: Path) -> None:
+    plan = write_known(tmp_path, parse_study(TABLES))
+    for task in plan.of_kind("vqa"):
+        path = result_path(tmp_path, task)
+        found = json.loads(path.read_text())
+        write_json(path, {**found, "alike": {**found["alike"], "config_digest": "second" if task.settings["seeds"] == [2] else "first"}})
+    content = collect(tmp_path)
+    (said,) = content["unlike"]
+    assert said.startswith("vqa of scenes was not run alike: config_digest: ")
+    assert content["threats"][0]["title"] == "Results were not made alike"
+    assert ("threats", "Results are compared that were not made alike.", said) in _warnings(content)
 
 
 def test_of_half_a_study_only_what_is_there_is_told(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 import kdstore
 from kdstore.config import parse_set
+from kdstore.study.alike import unlike
 from kdstore.study.config import StudyConfig
 from kdstore.study.diagnostics import EXPLAINED
 from kdstore.study.folder import RUNS, STORES, load_study, read_failure, result_path
@@ -57,6 +58,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
         "study_digest": config.digest,
         "made": _made(results),
         "finished": {"done": len(results.done), "failed": len(failures), "missing": len(plan.tasks) - len(results.done) - len(failures)},
+        "unlike": unlike((f"{task.label} ({task.name})", task, results.done[digest]) for digest, task in plan.tasks.items() if digest in results.done),
         "failures": [{name: failure[name] for name in ("task", "label", "reason", "log")} for failure in failures],
         "headline": asdict(headline({_label(cell): verdict for cell, verdict in verdicts if cell["strength"] == STRENGTH})),
         "arms": [
