@@ -20,7 +20,7 @@ from kdstore.evaluate.outcomes import Outcomes, Run, write_outcomes
 from kdstore.evaluate.protocol import RetrievalConfig, VqaConfig
 from kdstore.extract.config import ExtractConfig
 from kdstore.jsonfile import write_json
-from kdstore.study.collect import collect
+from kdstore.study.collect import STRENGTH, collect
 from kdstore.study.config import PROTOCOL, StudyConfig, parse_study
 from kdstore.study.controls import CONTROLS
 from kdstore.study.folder import RESULT_STAGE, begin_study, note_failure, result_path
@@ -186,7 +186,7 @@ def test_results_of_two_versions_of_the_head_are_told_above_the_verdict(tmp_path
     assert ("threats", "Results are compared that were not made alike.", said) in _warnings(content)
 
 
-def test_of_half_a_study_only_what_is_there_is_told(tmp_path: Path) -> None:
+def test_of_half_a_study_only_what_is_there_is_told_and_it_is_not_called_monotone(tmp_path: Path) -> None:
     tables = {**TABLES, "study": TABLES["study"] | {"without_controls": ["random teacher"]}}
     plan = write_known(tmp_path, parse_study(tables))
     gone = [task for task in plan.tasks.values() if task.settings.get("seed") == 2 or task.settings.get("seeds") == [2] or "XXL" in task.label]
@@ -201,6 +201,9 @@ def test_of_half_a_study_only_what_is_there_is_told(tmp_path: Path) -> None:
     assert not [arm for arm in content["arms"] if arm["teacher"] == "XXL"]
     assert {len(point["by_seed"]) for verdict in content["verdicts"] for point in verdict["points"]} == {2}
     assert {len(verdict["points"]) for verdict in content["verdicts"]} == {4}
+    assert {verdict["verdict"] for verdict in content["verdicts"] if verdict["strength"] == STRENGTH} == {"monotone"}
+    assert content["headline"]["verdict"] == "not decidable"  # the teacher that is missing may be the one that is inverted
+    assert "2 planned cells not finished" in content["headline"]["sentence"]
     controls = {control["name"]: (control["verdict"], control["why"]) for control in content["controls"]}
     assert controls["random teacher"] == ("not run", "The recipe leaves it out.")
     assert controls["question-only"] == ("not run", "It is not finished.")

@@ -262,4 +262,6 @@ def test_the_headline_is_monotone_only_everywhere_and_not_monotone_after_holm_ov
     assert min(holm([cell.p_inverted for cell in cells.values()])) == pytest.approx(0.06)
     assert headline(cells).verdict == NOT_DECIDABLE
     assert "not after Holm" in headline(cells).sentence
+    assert headline({"x": rising}, unfinished=["x"]).verdict == NOT_DECIDABLE
+    assert headline({"x": replace(falling, p_inverted=0.02)}, unfinished=["y", "z"]).verdict == NOT_DECIDABLE
     assert headline({}).verdict == NOT_DECIDABLE

@@ -28,7 +28,7 @@ from kdstore.study.judged import judge_controls
 from kdstore.study.prediction import predict
 from kdstore.study.scores import Results, Score, common_seeds, standard_error, summary, table
 from kdstore.study.threats import threats
-from kdstore.study.verdict import Cell, Verdict, gain, headline, judge
+from kdstore.study.verdict import Cell, Headline, Verdict, gain, headline, judge
 from kdstore.study.work import without_unread
 
 STRENGTH = "retrieval/t2i@1"
@@ -60,7 +60,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
         "finished": {"done": len(results.done), "failed": len(failures), "missing": len(plan.tasks) - len(results.done) - len(failures)},
         "unlike": unlike((f"{task.label} ({task.name})", task, results.done[digest]) for digest, task in plan.tasks.items() if digest in results.done),
         "failures": [{name: failure[name] for name in ("task", "label", "reason", "log")} for failure in failures],
-        "headline": asdict(headline({_label(cell): verdict for cell, verdict in verdicts if cell["strength"] == STRENGTH})),
+        "headline": asdict(_headline(config, plan, verdicts)),
         "arms": [
             _arm(arm, results, said[arm.id]) for arm in plan.arms if any(digest in results.done for cell in arm.cells.values() for digest in cell.values())
         ],
@@ -183,6 +183,14 @@ def _verdicts(config: StudyConfig, plan: Plan, scores: Scores, said: Mapping[str
             verdict = judge(Cell([str(arm.teacher) for arm in there], strength_T, error_T, score_TS, images), config.grid.margin)
             verdicts.append(({**cell, "strength": strength}, verdict))
     return verdicts
+
+
+def _headline(config: StudyConfig, plan: Plan, verdicts: Sequence[tuple[dict[str, Any], Verdict]]) -> Headline:
+    """Return the verdict over all cells of the plan, unfinished where a teacher or a seed of theirs is missing."""
+    found = {_label(cell): verdict for cell, verdict in verdicts if cell["strength"] == STRENGTH}
+    every = [len(config.grid.seeds)] * len(config.teachers)
+    whole = {label for label, verdict in found.items() if [len(point.by_seed) for point in verdict.points] == every}
+    return headline(found, [label for cell, _ in _cells(config, plan) if (label := _label(cell)) not in whole])
 
 
 def _label(cell: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ are too often called different (benchmarks/verdict_errors.py). T teachers, S see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -199,20 +199,25 @@ def judge(cell: Cell, margin: float) -> Verdict:
     return _verdict(cell, verdict, said, trend, inversions, p_inverted)
 
 
-def headline(cells: Mapping[str, Verdict]) -> Headline:
-    """Return the verdict over cells by label: "not monotone" if a cell is after Holm over cells, "monotone" only if every cell is."""
+def headline(cells: Mapping[str, Verdict], unfinished: Collection[str] = ()) -> Headline:
+    """Return the verdict over cells by label: "not monotone" if a cell is after Holm over cells, "monotone" only if every cell is.
+
+    `unfinished` labels, of cells with a verdict or without, count in Holm and are not monotone yet.
+    """
     if not cells:
         return Headline(NOT_DECIDABLE, "Not decidable: no cell is finished.", "no checkpoints")
-    adjusted = dict(zip(cells, holm([cell.p_inverted for cell in cells.values()]), strict=True))
+    counting = dict.fromkeys(unfinished, 1.0) | {label: cell.p_inverted for label, cell in cells.items()}
+    adjusted = dict(zip(counting, holm(list(counting.values())), strict=True))
     inverted = [label for label, p in adjusted.items() if p <= ALPHA]
     count = {verdict: sum(cell.verdict == verdict for cell in cells.values()) for verdict in (MONOTONE, NOT_MONOTONE, NOT_DECIDABLE)}
     if inverted:
         first = min(inverted, key=adjusted.__getitem__)
         verdict, said = NOT_MONOTONE, f"Not monotone in {len(inverted)} of {counted(len(cells), 'cell')} (Holm over cells). {first}: {cells[first].sentence}"
-    elif count[MONOTONE] == len(cells):
+    elif count[MONOTONE] == len(cells) and not unfinished:
         verdict, said = MONOTONE, f"Monotone in {'each of ' if len(cells) > 1 else ''}{counted(len(cells), 'cell')}: stronger teachers make better students."
     else:
         alone = f", {count[NOT_MONOTONE]} not monotone alone but not after Holm over cells" if count[NOT_MONOTONE] else ""
+        alone += f"; {counted(len(unfinished), 'planned cell')} not finished" if unfinished else ""
         verdict = NOT_DECIDABLE
         said = f"Not decidable: of {counted(len(cells), 'cell')}, {count[MONOTONE]} monotone, {count[NOT_DECIDABLE]} not decidable{alone}."
     checkpoints = {point.teacher for cell in cells.values() for point in cell.points}
