@@ -173,13 +173,15 @@ def test_a_control_that_misbehaves_is_told_in_the_controls_and_first_of_the_thre
     assert content["threats"][0]["title"] == "Controls misbehave"
 
 
-def test_results_of_two_versions_of_the_head_are_told_above_the_verdict(tmp_path: Path) -> None:
+def test_results_of_two_versions_are_told_with_both_and_of_two_heads_above_the_verdict(tmp_path: Path) -> None:
     plan = write_known(tmp_path, parse_study(TABLES))
     for task in plan.of_kind("vqa"):
         path = result_path(tmp_path, task)
         found = json.loads(path.read_text())
         write_json(path, {**found, "alike": {**found["alike"], "config_digest": "second" if task.settings["seeds"] == [2] else "first"}})
+    write_json(path, {**json.loads(path.read_text()), "made": {"seconds": 1.0, "device": "cuda", "versions": {"torch": "3", "kdstore": "0.0.9"}}})
     content = collect(tmp_path)
+    assert content["made"]["versions"] == {"kdstore": "0.0.9", "torch": "2 and 3"}  # of those that made it, not of the one that reports
     (said,) = content["unlike"]
     assert said.startswith("vqa of scenes was not run alike: config_digest: ")
     assert content["threats"][0]["title"] == "Results were not made alike"

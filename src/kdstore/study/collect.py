@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-import kdstore
 from kdstore.config import parse_set
 from kdstore.study.alike import unlike
 from kdstore.study.config import StudyConfig
@@ -309,5 +308,8 @@ def _made(results: Results) -> dict[str, Any]:
     made = [result["made"] for result in results.done.values()]
     devices = sorted({str(one["device"]) for one in made if "device" in one})
     seconds = sum(float(one["seconds"]) for one in made)
-    versions = dict(sorted({(name, version) for one in made for name, version in one.get("versions", {}).items()}))
-    return {"seconds": round(seconds, 1), "device": ", ".join(devices), "versions": {**versions, "kdstore": kdstore.__version__}}
+    found: dict[str, set[str]] = {}
+    for name, version in (item for one in made for item in one.get("versions", {}).items()):
+        found.setdefault(name, set()).add(version)
+    versions = {name: " and ".join(sorted(of)) for name, of in sorted(found.items())}
+    return {"seconds": round(seconds, 1), "device": ", ".join(devices), "versions": versions}
