@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 
-from kdstore.errors import ConfigError, RunError
+from kdstore.errors import CannotWrite, ConfigError, RunError
 from kdstore.jsonfile import read_json, write_json
 from kdstore.study.config import PROTOCOL, parse_study
 from kdstore.study.folder import RESULT_STAGE, STUDY, begin_study, load_study, read_done, result_path
 from kdstore.study.grid import plan_study
 from kdstore.study.merge import merge_studies
+from kdstore.study.report import write_report
 
 TABLES = {
     "study": {"name": "tiny", "data": "scenes/train:128", "losses": ["crd"], "samples": [128], "seeds": [0, 1]},
@@ -103,3 +104,11 @@ def test_another_protocol_and_a_folder_that_is_taken_are_refused(tmp_path):
         merge_studies([tmp_path / "one", tmp_path / "other"], tmp_path / "merged")
     with pytest.raises(RunError, match="no study at"):
         merge_studies([tmp_path / "one", tmp_path / "nothing"], tmp_path / "merged")
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_line_by_run_and_report(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(CannotWrite, match="taken"):
+        begin_study(tmp_path / "taken" / "study", parse_study(TABLES))
+    with pytest.raises(CannotWrite, match="taken"):
+        write_report(tmp_path / "taken" / "report", {"name": "begun"})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdstore.errors import RunError
-from kdstore.jsonfile import make_folders, read_json, write_json
+from kdstore.jsonfile import disk_errors, make_folders, read_json, write_json
 from kdstore.study.config import PROTOCOL, StudyConfig, parse_study
 from kdstore.study.controls import controls_record
 from kdstore.study.grid import Task
@@ -27,10 +27,11 @@ RESULT_STAGE = "study task"
 
 
 def begin_study(out: Path, config: StudyConfig) -> None:
-    """Make the folders and write study.json, that of an earlier recipe too."""
-    for name in FOLDERS:
-        make_folders(out / name)
-    write_study(out, config)
+    """Make the folders and write study.json, over that of an earlier recipe; raises CannotWrite, DiskFull."""
+    with disk_errors(out):
+        for name in FOLDERS:
+            make_folders(out / name)
+        write_study(out, config)
 
 
 def write_study(out: Path, config: StudyConfig, more: dict[str, Any] | None = None) -> None:

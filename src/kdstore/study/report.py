@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 import kdstore
-from kdstore.jsonfile import make_folders, write_bytes
+from kdstore.jsonfile import disk_errors, make_folders, write_bytes
 from kdstore.study.drawing import Figure, Palette, inline_svg
 from kdstore.study.figures import all_figures, palette_of, write_figures
 from kdstore.study.tables import all_tables, arm_label, arms_of, measure_label, score_label, write_tables
@@ -91,14 +91,14 @@ SECTIONS = (
 
 
 def write_report(folder: Path, content: dict[str, Any]) -> Path:
-    """Write index.html, tables/ and figures/ into the folder and return the page."""
-    colors = palette_of(content)
+    """Write index.html, tables/ and figures/ into the folder and return the page; raises CannotWrite, DiskFull."""
+    colors, page = palette_of(content), folder / "index.html"
     tables, figures = all_tables(content), all_figures(content, colors)
-    make_folders(folder)
-    write_tables(folder / "tables", tables.values())
-    write_figures(folder / "figures", [figure for panels in figures.values() for figure in panels])
-    page = folder / "index.html"
-    write_bytes(page, render(content, tables, figures, colors).encode())
+    with disk_errors(folder):
+        make_folders(folder)
+        write_tables(folder / "tables", tables.values())
+        write_figures(folder / "figures", [figure for panels in figures.values() for figure in panels])
+        write_bytes(page, render(content, tables, figures, colors).encode())
     return page
 
 
