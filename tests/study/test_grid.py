@@ -87,6 +87,8 @@ def test_a_sweep_gives_every_arm_the_same_trials():
         ({"distill": {"lrr": 1}}, "lr"),
         ({"distill": {"init": "inherit"}}, "does not begin as the others"),
         ({"study": {**SWEPT, "sweep_data": "scenes/retrieval:200"}, "sweep": {"lr": [1e-3]}}, "trained on or reported"),
+        ({"study": {**SWEPT, "data": "scenes:64", "sweep_data": "scenes/train:50"}, "sweep": {"lr": [1e-3]}}, "trained on or reported"),
+        ({"study": SWEPT, "sweep": {"lr": []}}, "no value of lr"),
         ({"study": {**TABLES["study"], "own_seed": 1}}, "student's seed"),
         ({"study": {**TABLES["study"], "probes": "scenes/train:50?swapped=color"}}, "trained on"),
         ({"study": {**TABLES["study"], "without_controls": ["random"]}}, "random teacher"),

@@ -190,6 +190,7 @@ def toml_of(tiny):
         ({"study": {"vqa": ["scene"]}}, "scenes"),
         ({"students": {"T": "scenes-X"}}, "scenes-T"),
         ({"study": {"losses": ["clip-kd"]}, "distill": {"batch_size": 1}}, "batch_size"),
+        ({"study": {"losses": ["clip + theia"]}}, 'tokens = "image"'),
     ],
 )
 def test_a_wrong_name_is_told_before_anything_runs(tiny_study, changed, said):

@@ -173,13 +173,16 @@ def _check(config: StudyConfig) -> None:
     if grid.sweep_data and _set(grid.sweep_data) in {_set(grid.data), _set(config.stages["retrieval"].get("data") or RETRIEVAL_DATA)}:
         raise ConfigError(f"The sweep would choose on {grid.sweep_data}, which is trained on or reported.", "Give sweep_data another split.")
     for name, values in sweep.items():
+        if not values:
+            raise ConfigError(f"[sweep] gives no value of {name} to try.", f"Give values, or leave {name} out.")
         for value in values:
             _stage("distill", {**distill, name: value})
 
 
 def _set(spec: str) -> str:
     """Return a source without its size and what is asked of it: the first pairs of a split are not apart from the split."""
-    return re.sub(r"(:[0-9]+)?(\?.*)?$", "", spec)
+    name = re.sub(r"(:[0-9]+)?(\?.*)?$", "", spec)
+    return "scenes/train" if name == "scenes" else name
 
 
 def _names(tables: dict[str, dict[str, Any]], table: str) -> dict[str, str]:

@@ -79,8 +79,9 @@ def plan_record(plan: Plan, done: set[str]) -> dict[str, Any]:
 
 
 def check_names(config: StudyConfig) -> None:
-    """Raise UnknownName and ConfigError for a model, loss or data set that nobody knows, and for paths outside of [folders], before hours are spent."""
+    """Raise UnknownName and ConfigError for a model, loss or data set that nobody knows, paths outside of [folders], and tokens that a loss would not find."""
     from kdstore.distill.config import DistillConfig
+    from kdstore.distill.losses import parse_loss, parts_of
     from kdstore.distill.teachers import check_loss
     from kdstore.evaluate.datasets import check_vqa_name
     from kdstore.models.names import resolve
@@ -100,6 +101,8 @@ def check_names(config: StudyConfig) -> None:
         check_vqa_name(name)
     for loss in grid.losses:
         check_loss(DistillConfig(**{**without_unread({**config.stages["distill"], "loss": loss}), "samples": min(grid.samples)}))
+        if "tokens" in parts_of(parse_loss(loss)) and config.stages["extract"].get("tokens", "none") not in ("image", "both"):
+            raise ConfigError(f"The loss '{loss}' reads image tokens, and teachers would be extracted without.", 'Write [extract] tokens = "image".')
 
 
 def run_study(config: StudyConfig, out: str | Path, *, workers: int = 1, scheduler: str | None = None, on_progress: OnProgress = silent) -> StudyResult:
