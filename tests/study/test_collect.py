@@ -173,6 +173,20 @@ def test_a_control_that_misbehaves_is_told_in_the_controls_and_first_of_the_thre
     assert content["threats"][0]["title"] == "Controls misbehave"
 
 
+def test_a_margin_that_is_changed_once_there_are_results_is_told_above_the_verdict(tmp_path: Path) -> None:
+    config, wider = parse_study(TABLES), parse_study({**TABLES, "study": TABLES["study"] | {"margin": 3.0}})
+    begin_study(tmp_path, wider)
+    write_known(tmp_path, config)  # before there is a result, it is free
+    assert collect(tmp_path)["changed"] == []
+    for _ in range(2):
+        begin_study(tmp_path, wider)
+        content = collect(tmp_path)
+        (said,) = content["changed"]
+        assert said == "The margin is 3 and was 1 when there were results already."
+        assert content["threats"][0]["title"] == "Expectations were changed"
+        assert ("threats", "What was expected was changed.", said) in _warnings(content)
+
+
 def test_results_of_two_versions_are_told_with_both_and_of_two_heads_above_the_verdict(tmp_path: Path) -> None:
     plan = write_known(tmp_path, parse_study(TABLES))
     for task in plan.of_kind("vqa"):

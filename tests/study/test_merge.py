@@ -51,6 +51,8 @@ def test_seeds_of_one_lab_and_teachers_of_another_make_one_study(tmp_path):
     assert sum(result.results.values()) == len(list((out / "results").glob("*.json"))) == len(list((out / "results").glob("*.parquet")))
     named = read_json(out / STUDY)["elsewhere"]
     assert named[plan.tasks[plan.stores["L"]].name].startswith(str(one))
+    begin_study(out, merged)  # a run that goes on with it
+    assert read_json(out / STUDY)["elsewhere"] == named
     assert config.machine == {"extract": {}, "distill": {"threads": 1}, "retrieval": {}, "vqa": {}}
 
 

@@ -21,7 +21,7 @@ from kdstore.config import parse_set
 from kdstore.study.alike import unlike
 from kdstore.study.config import StudyConfig
 from kdstore.study.diagnostics import EXPLAINED
-from kdstore.study.folder import RUNS, STORES, load_study, read_failure, result_path
+from kdstore.study.folder import RUNS, STORES, changed_expectations, load_study, read_failure, result_path
 from kdstore.study.grid import OF_TEACHER, Arm, Plan, Task, plan_study
 from kdstore.study.judged import judge_controls
 from kdstore.study.prediction import predict
@@ -57,6 +57,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
         "study_digest": config.digest,
         "made": _made(results),
         "finished": {"done": len(results.done), "failed": len(failures), "missing": len(plan.tasks) - len(results.done) - len(failures)},
+        "changed": changed_expectations(folder, config),
         "unlike": unlike((f"{task.label} ({task.name})", task, results.done[digest]) for digest, task in plan.tasks.items() if digest in results.done),
         "failures": [{name: failure[name] for name in ("task", "label", "reason", "log")} for failure in failures],
         "headline": asdict(_headline(config, plan, verdicts)),

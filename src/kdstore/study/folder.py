@@ -1,6 +1,6 @@
 """A study on the disk: where each task's files lie, and when it is done.
 
-    study.json           the recipe as normalised, its digest, and the controls with what is expected of them
+    study.json           the recipe as normalised, its digest, and the controls with what is expected of them (and was, where that was changed)
     store/NAME/          features of a teacher            runs/NAME/       a student
     results/NAME.json    written last and atomically      results/NAME...  what the stage keeps beside it
     tasks/NAME.json      what a process was told to do    logs/NAME.txt    what it said
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdstore.errors import RunError
-from kdstore.jsonfile import disk_errors, make_folders, read_json, write_json
+from kdstore.jsonfile import digest_of, disk_errors, make_folders, read_json, write_json
 from kdstore.study.config import PROTOCOL, StudyConfig, parse_study
 from kdstore.study.controls import controls_record
 from kdstore.study.grid import Task
@@ -31,7 +31,37 @@ def begin_study(out: Path, config: StudyConfig) -> None:
     with disk_errors(out):
         for name in FOLDERS:
             make_folders(out / name)
-        write_study(out, config)
+        write_study(out, config, _kept(out, config))
+
+
+def _kept(out: Path, config: StudyConfig) -> dict[str, Any]:
+    """Return what study.json keeps of the one before: where a merged study's stores lie, and margins and controls that stood when there were results."""
+    try:
+        before = read_json(out / STUDY, RunError)
+    except (OSError, RunError):
+        return {}
+    if before.get("stage") != "study":
+        return {}
+    kept, earlier, was = {name: before[name] for name in ("merged", "elsewhere") if name in before}, list(before.get("earlier", [])), _expected(before)
+    if was not in (*earlier, _expected({"recipe": config.recipe, "controls": controls_record()})) and any((out / RESULTS).glob("*.json")):
+        earlier.append(was)
+    return kept | ({"earlier": earlier} if earlier else {})
+
+
+def _expected(study: dict[str, Any]) -> dict[str, Any]:
+    """Return what a study.json says beforehand: the margin, and the digest of its controls with their tolerances."""
+    return {"margin": study["recipe"]["study"]["margin"], "controls": digest_of(study["controls"])}
+
+
+def changed_expectations(out: str | Path, config: StudyConfig) -> list[str]:
+    """Say how margin and controls differ from those that stood when there were results already."""
+    study = read_json(Path(out) / STUDY, RunError)
+    now, before = _expected({"recipe": config.recipe, "controls": controls_record()}), [*study.get("earlier", []), _expected(study)]
+    margins = sorted({one["margin"] for one in before} - {now["margin"]})
+    said = [f"The margin is {now['margin']:g} and was {' and '.join(f'{one:g}' for one in margins)} when there were results already."] if margins else []
+    if any(one["controls"] != now["controls"] for one in before):
+        said.append("Controls are judged by other expectations than those that stood when there were results already.")
+    return said
 
 
 def write_study(out: Path, config: StudyConfig, more: dict[str, Any] | None = None) -> None:

@@ -41,8 +41,11 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> MergeResult
     if (out / STUDY).exists():
         raise ConfigError(f"There is a study at {out} already.", "Give --out a new folder.")
     configs = {str(folder): load_study(folder) for folder in folders}
+    earlier: list[dict[str, Any]] = []
     for folder in configs:
-        if (protocol := read_json(Path(folder) / STUDY, RunError)["protocol"]) != PROTOCOL:
+        study = read_json(Path(folder) / STUDY, RunError)
+        earlier += [one for one in study.get("earlier", []) if one not in earlier]
+        if (protocol := study["protocol"]) != PROTOCOL:
             raise ConfigError(f"{folder} was run by protocol {protocol}, and this kdstore has {PROTOCOL}.", "Run it again with this version.")
     merged = _joined(configs)
     first: dict[str, tuple[str, Path, dict[str, Any]]] = {}  # by digest: whose, its file, what must be equal
@@ -72,7 +75,8 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> MergeResult
             for file in (path, outcomes_path(path)):
                 if file.exists():
                     shutil.copyfile(file, out / RESULTS / file.name)
-        write_study(out, merged, {"merged": {folder: config.digest for folder, config in configs.items()}, "elsewhere": elsewhere})
+        from_labs = {"merged": {folder: config.digest for folder, config in configs.items()}, "elsewhere": elsewhere}
+        write_study(out, merged, from_labs | ({"earlier": earlier} if earlier else {}))
     missing = sum(digest not in first for digest in plan_study(merged).tasks)
     return MergeResult(str(out), counts, in_both, missing)
 

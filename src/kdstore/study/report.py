@@ -151,6 +151,7 @@ def _warnings(content: dict[str, Any]) -> list[tuple[str, str, str]]:
     for control in content.get("controls") or []:
         if control["verdict"] == "fails":
             found.append(("controls", f"The control {control['name']} misbehaves.", control["why"] or control["found"]))
+    found += [("threats", "What was expected was changed.", said) for said in content.get("changed") or []]
     found += [("threats", "Results are compared that were not made alike.", said) for said in content.get("unlike") or []]
     left_out = [control["name"] for control in content.get("controls") or [] if control["verdict"] == "not run"]
     if left_out:

@@ -28,6 +28,8 @@ def threats(content: dict[str, Any], margin: float) -> list[Threat]:
 def _controls(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     failing = [control["name"] for control in content["controls"] if control["verdict"] == "fails"]
     absent = [control["name"] for control in content["controls"] if control["verdict"] == "not run"]
+    if content["changed"]:
+        yield "Expectations were changed", " ".join([*content["changed"], "Who sets them after numbers can be seen, chooses the verdict."])
     if content["unlike"]:
         yield "Results were not made alike", " ".join([*content["unlike"], "A difference between them may be due to that."])
     if failing:
