@@ -148,12 +148,16 @@ def test_diagnostics_stand_beside_the_arms_and_a_measure_in_the_students_order_i
 CONFIGS = {"kdstore extract": ExtractConfig, "kdstore distill": DistillConfig, "kdstore evaluate retrieval": RetrievalConfig, "kdstore evaluate vqa": VqaConfig}
 
 
-def test_every_command_gives_the_stage_the_settings_of_its_task(known: tuple[Path, Plan, dict[str, Any]]) -> None:
+def test_every_command_gives_the_stage_the_settings_of_its_task_and_diagnostics_have_one(known: tuple[Path, Plan, dict[str, Any]]) -> None:
     out, plan, content = known
     tasks = {f"results/{task.name}.json": task for task in plan.tasks.values()}
+    assert {tasks[file["path"]].kind for arm in content["arms"] for file in arm["files"]} == {task.kind for task in plan.tasks.values()} - {"diagnose-pair"}
     for arm in content["arms"]:
         for file in arm["files"]:
             assert json.loads((out / file["path"]).read_text())["digest"] == file["digest"]
+            if (task := tasks[file["path"]]).kind.startswith("diagnose"):
+                assert file["command"] == f"mv {file['path']} before.json && python -m kdstore.study.work tasks/{task.name}.json"
+                continue
             name = next(name for name in CONFIGS if file["command"].startswith(f"{name} --"))
             words = shlex.split(file["command"].removeprefix(name))
             given = [(option.removeprefix("--"), value) for option, value in zip(words[::2], words[1::2], strict=True)]

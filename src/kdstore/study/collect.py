@@ -21,7 +21,7 @@ from kdstore.config import parse_set
 from kdstore.study.alike import unlike
 from kdstore.study.config import StudyConfig
 from kdstore.study.diagnostics import EXPLAINED
-from kdstore.study.folder import RUNS, STORES, changed_expectations, load_study, read_failure, result_path
+from kdstore.study.folder import RESULTS, RUNS, STORES, TASKS, changed_expectations, load_study, read_failure, result_path
 from kdstore.study.grid import OF_TEACHER, Arm, Plan, Task, plan_study
 from kdstore.study.judged import judge_controls
 from kdstore.study.prediction import predict
@@ -124,7 +124,7 @@ def _cost(arm: Arm, results: Results, runs: list[dict[str, Any]]) -> dict[str, A
 
 
 def _files(arm: Arm, results: Results) -> Iterator[dict[str, str]]:
-    for role in ("extract", "distill", "retrieval", "vqa"):
+    for role in ("extract", "distill", "retrieval", "vqa", "diagnose-teacher", "diagnose-student"):
         for digest in _digests(arm, role):
             if digest in results.done:
                 task = results.plan.tasks[digest]
@@ -133,7 +133,9 @@ def _files(arm: Arm, results: Results) -> Iterator[dict[str, str]]:
 
 
 def command(task: Task, results: Results) -> str:
-    """Return the command of kdstore that does a task by hand in the study's folder, into files of its own."""
+    """Return the command that does a task by hand in the study's folder: one of kdstore into files of its own, or for diagnostics the task itself again."""
+    if task.kind not in COMMANDS:
+        return f"mv {RESULTS}/{task.name}.json before.json && python -m kdstore.study.work {TASKS}/{task.name}.json"
     settings = {name: results.place(value) if name in PLACED else value for name, value in task.settings.items() if name != "choices"}
     if settings.keys() & set(OF_TEACHER):
         settings = without_unread(settings)
