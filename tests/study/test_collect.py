@@ -26,6 +26,7 @@ from kdstore.study.controls import CONTROLS
 from kdstore.study.folder import RESULT_STAGE, begin_study, note_failure, result_path
 from kdstore.study.grid import Arm, Plan, Task, plan_study
 from kdstore.study.report import _warnings
+from kdstore.study.scores import standard_error
 
 TEACHERS = ("S", "M", "L", "XL", "XXL")
 KINDS = ("count", "exist")
@@ -238,6 +239,16 @@ def test_threats_are_told_where_they_apply_alone(known: tuple[Path, Plan, dict[s
     assert {"One schedule length", "Many measures, few teachers"} <= whole - two
     assert {"A synthetic world", "One student", "No sweep", "A student as large as its teacher"} <= whole & two
     assert not {"Saturated teachers", "Teachers closer than their noise", "Controls misbehave", "Nothing was taught"} & whole
+
+
+def test_one_seed_has_no_interval_but_what_no_seed_decides_has_that_of_the_images(tmp_path: Path) -> None:
+    write_known(tmp_path, parse_study({**TABLES, "study": TABLES["study"] | {"seeds": [0]}}))
+    content = collect(tmp_path)
+    ends = {arm["id"]: {name: score["low"] for name, score in arm["scores"].items()} for arm in content["arms"]}
+    assert {ends[f"{kind}"]["vqa/scenes/overall"] for kind in ("student|T|S|crd|64", "teacher|S", "control|question-only|T")} == {None}
+    assert ends["student|T|S|crd|64"]["retrieval/t2i@1"] is None
+    assert None not in (ends["teacher|S"]["retrieval/t2i@1"], ends["control|vocabulary oracle|T"]["vqa/scenes/overall"])
+    assert standard_error(content["arms"][0]["scores"]["vqa/scenes/overall"]) == 100  # teachers are not ordered by what one seed of a head says
 
 
 def test_a_study_that_was_really_run_is_told_and_its_page_is_written(tiny_study: Any, copy_study: Callable[..., Path]) -> None:

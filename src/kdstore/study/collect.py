@@ -47,7 +47,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
     plan = plan_study(config)
     results = Results(Path(folder), config, plan)
     scores = {arm.id: results.scores(arm) for arm in plan.arms}
-    said = {arm_id: {name: summary(score) for name, score in of_arm.items()} for arm_id, of_arm in scores.items()}
+    said = {arm.id: {name: summary(score, drawn=_drawn(arm, name)) for name, score in scores[arm.id].items()} for arm in plan.arms}
     failures = [failure for digest, task in plan.tasks.items() if digest not in results.done and (failure := read_failure(folder, task)) is not None]
     verdicts, diagnostics = _verdicts(config, plan, scores, said), _diagnostics(plan, results)
     content = {
@@ -72,6 +72,11 @@ def collect(folder: str | Path) -> dict[str, Any]:
         "prediction": _prediction(config, plan, diagnostics["teachers"], scores, said),
     }
     return content | {"threats": threats(content, config.grid.margin)}
+
+
+def _drawn(arm: Arm, score: str) -> bool:
+    """Tell whether seeds decide a score: neither the retrieval of a model that no seed of the study trained, nor what the vocabulary allows."""
+    return arm.control != "vocabulary oracle" and not (score.startswith("retrieval/") and arm.samples is None)
 
 
 def _arm(arm: Arm, results: Results, said: dict[str, Any]) -> dict[str, Any]:

@@ -116,12 +116,15 @@ def table(scores: Sequence[Score], seeds: Sequence[int]) -> tuple[np.ndarray, Im
     return score_TS, Images(np.array([[value.sum_G for value in row] for row in values]), np.asarray(every[0].count_G))
 
 
-def summary(score: Score) -> dict[str, Any]:
-    """Return what the report says of one score: `mean`, its 95 % interval over seeds and images, and the values by seed; what is drawn once stands once."""
+def summary(score: Score, *, drawn: bool = True) -> dict[str, Any]:
+    """Return what the report says of one score: `mean`, its 95 % interval over seeds and images, and the values by seed.
+
+    What is not `drawn` is the same under every seed: it stands once, with an interval over images. One seed of what is drawn has none.
+    """
     seeds = sorted(score)
-    if len({value.result for value in score.values()}) == 1:
+    if not drawn or len(seeds) == 1:
         value = score[seeds[0]]
-        low, high = value.interval or (None, None)
+        low, high = (None, None) if drawn or value.interval is None else value.interval
         return {"mean": value.value, "low": low, "high": high, "by_seed": [value.value]}
     score_TS, images = table([score], seeds)
     point = judge(Cell(("arm",), np.zeros(1), np.zeros(1), score_TS, images), 0.0).points[0]
@@ -129,5 +132,5 @@ def summary(score: Score) -> dict[str, Any]:
 
 
 def standard_error(said: Mapping[str, Any]) -> float:
-    """Return the standard error that an interval of `summary` implies; 0 without one."""
-    return 0.0 if said["low"] is None else (said["high"] - said["low"]) / (2 * 1.96)
+    """Return the standard error that an interval of `summary` implies; without one, the whole scale: such a score is told apart from no other."""
+    return 100.0 if said["low"] is None else (said["high"] - said["low"]) / (2 * 1.96)
