@@ -297,7 +297,14 @@ def test_wrong_settings_get_one_clear_line_before_any_work(model_folder: Path, t
     ):
         with pytest.raises(ConfigError, match="must"):
             small(model_folder, **settings)
-    for settings in ({"train_split": "test"}, {"train_split": "train+test"}, {"lookup": "exact"}, {"early_stopping": 1.0}, {"mode": "head+last-0"}):
+    for settings in (
+        {"train_split": "test"},
+        {"train_split": "train+test"},
+        {"lookup": "exact"},
+        {"early_stopping": 1.0},
+        {"mode": "head+last-0"},
+        {"heads_version": 1},
+    ):
         with pytest.raises(ConfigError, match="must"):
             small(model_folder, **settings)
     with pytest.raises(ConfigError, match="no list of seeds"):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from kdstore.config import as_dict, check_at_least_one
+from kdstore.config import check_at_least_one
 from kdstore.errors import ConfigError, UnknownName
 from kdstore.evaluate.datasets import check_vqa_name
+
+HEADS_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class VqaConfig:
     eval_images: int | None = None
     metric_version: str | None = None  # None: the default of the data set's metric
     head: str = "coattention"
+    heads_version: int = HEADS_VERSION  # of what heads compute; recorded, no other can be had
     question_encoder: str = "scratch"  # or own-text-tower
     controls: bool = True  # the rows question-only, untrained and vocabulary-oracle beside the model's
     min_answer_count: int = 1  # training questions an answer must lead to be in the vocabulary
@@ -77,6 +79,8 @@ class VqaConfig:
             if getattr(self, name) not in known:
                 raise ConfigError(f"'{name}' must be one of {', '.join(known)}, found '{getattr(self, name)}'.", f"Correct {name}.")
         check_vqa_name(self.dataset)
+        if self.heads_version != HEADS_VERSION:
+            raise ConfigError(f"The heads here are of version {HEADS_VERSION}, found heads_version = {self.heads_version}.", "Leave heads_version out.")
         if self.head not in READS:
             raise UnknownName.of("head", self.head, READS)
         self._check_mode()
@@ -272,11 +276,3 @@ NOT_IN_DIGEST = (
     *("device", "encode_batch", "pixels_gib", "save_every", "leaks", "out"),
 )
 """Settings that are no part of the protocol: results of equal digests may stand in one table."""
-
-HEADS_VERSION = 2
-"""Of what heads compute by the same settings; part of the protocol, so that a result of other heads is never taken for, or compared with, one of these."""
-
-
-def vqa_protocol(config: VqaConfig) -> dict[str, Any]:
-    """Return what decides the answers to a task from the same features."""
-    return {name: value for name, value in as_dict(config).items() if name not in NOT_IN_DIGEST} | {"heads_version": HEADS_VERSION}

@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 
 import kdstore
+from kdstore.config import as_dict
 from kdstore.errors import EvaluationError
 from kdstore.evaluate.fit import Kept
-from kdstore.evaluate.protocol import VqaConfig, vqa_protocol
+from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
 from kdstore.evaluate.task import VqaTask
 from kdstore.jsonfile import digest_of, disk_errors, make_folders, read_json, write_json
 from kdstore.models.checkpoint import export_model, write_tensors
@@ -49,7 +50,7 @@ def row_of(name: str, seed: int, config: VqaConfig, task: VqaTask, images: dict[
         "row": name,
         "seed": seed,
         "images": images,
-        "protocol": {k: v for k, v in vqa_protocol(config).items() if k != "metric_version"},
+        "protocol": {k: v for k, v in as_dict(config).items() if k not in (*NOT_IN_DIGEST, "metric_version")},
         "train": task.train.digest,
         "asked": [[q.question_id, q.question] for q in task.evaluated.questions],
         "images_asked_about": task.images_digest,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdstore.config import as_dict
+from kdstore.config import as_dict, config_digest
 from kdstore.errors import ConfigError
 from kdstore.evaluate.answers import START, UNKNOWN, split_words
 from kdstore.evaluate.datasets import write_submission
@@ -29,13 +29,13 @@ from kdstore.evaluate.fit import Lessons, answer_questions, build_head, fit_head
 from kdstore.evaluate.heads import head_parameters
 from kdstore.evaluate.outcomes import Outcomes
 from kdstore.evaluate.packing import QuestionRows, pack_questions
-from kdstore.evaluate.protocol import HEADS_VERSION, VqaConfig, vqa_protocol
+from kdstore.evaluate.protocol import NOT_IN_DIGEST, VqaConfig
 from kdstore.evaluate.results import check_out, made_record, write_result
 from kdstore.evaluate.rows import Row, checkpoint_of, keep_answers, keep_model, kept_answers, row_of
 from kdstore.evaluate.score import outcomes_of, score_record
 from kdstore.evaluate.sights import Sight, Subject, check_names, frozen_sights, open_subject, tuned_sight
 from kdstore.evaluate.task import Asked, VqaTask, open_task
-from kdstore.jsonfile import digest_of, make_folders
+from kdstore.jsonfile import make_folders
 from kdstore.metrics.scores import Scores
 from kdstore.progress import OnProgress, silent
 
@@ -90,8 +90,8 @@ def evaluate_vqa(config: VqaConfig, *, on_progress: OnProgress = silent) -> VqaR
         "model": subject.record,
         "data": task.record(),
         "metric": {"name": task.evaluated.metric, "version": task.version},
-        "config": {**as_dict(config), "heads_version": HEADS_VERSION},
-        "config_digest": digest_of(vqa_protocol(config)),
+        "config": as_dict(config),
+        "config_digest": config_digest(config, leave_out=NOT_IN_DIGEST),
         "chance": chance,
         "rows": [_row_record(row, task) for row in rows],
         "made": {**made_record(subject.device, time.perf_counter() - started), "head_seconds": seconds},
