@@ -80,7 +80,7 @@ class VqaConfig:
                 raise ConfigError(f"'{name}' must be one of {', '.join(known)}, found '{getattr(self, name)}'.", f"Correct {name}.")
         check_vqa_name(self.dataset)
         if self.heads_version != HEADS_VERSION:
-            raise ConfigError(f"The heads here are of version {HEADS_VERSION}, found heads_version = {self.heads_version}.", "Leave heads_version out.")
+            raise ConfigError(f"'heads_version' must be that of the heads here, {HEADS_VERSION}, found {self.heads_version}.", "Leave it out.")
         if self.head not in READS:
             raise UnknownName.of("head", self.head, READS)
         self._check_mode()
