@@ -1,15 +1,17 @@
 """How often the verdict of a study is wrong, and how often it is reached, on tables whose truth is known.
 
 Teachers lie 10 points apart with a standard error of 1, the margin is 1 point. Students' scores have a spread of 0.5 points over seeds; "unequal": that of
-the strongest teacher's 1.5; "wide": four times as much, so that the margin is no help; "heavy": of Student's t with 3 degrees of freedom; "images": 0.3, and
-400 images of 1 to 9 questions beside it, whose draw alone gives what is each teacher's own a standard error of 0.4. Numbers are percentages of tables.
+the strongest teacher's 1.5; "middle": that of the middle one's 3; "wide": as "unequal", four times as much, so that the margin is no help; "heavy": of
+Student's t with 3 degrees of freedom; "images": 0.3, and 400 images of 1 to 9 questions beside it, whose draw alone gives what is each teacher's own a standard
+error of 0.4. Numbers are percentages of tables.
 
-    python benchmarks/verdict_errors.py [--tables 1000] [--only verdicts|methods|headline|prediction]
+    python benchmarks/verdict_errors.py [--tables 1000] [--only verdicts|methods|headline|prediction] [--noise NAME]
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -20,7 +22,7 @@ from kdstore.study.verdict import MONOTONE, NOT_MONOTONE, Cell, Images, headline
 
 MARGIN = 1.0
 SIZES = [(teachers, seeds) for teachers in (3, 5, 8) for seeds in (2, 3, 5)]
-SPREAD = {"equal": 0.5, "unequal": 0.5, "wide": 2.0, "heavy": 0.5, "images": 0.3}
+SPREAD = {"equal": 0.5, "unequal": 0.5, "middle": 0.5, "wide": 2.0, "heavy": 0.5, "images": 0.3}
 
 
 def errors(num: int) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
@@ -51,6 +53,7 @@ def table(rng: np.random.Generator, truth_T: np.ndarray, num_seeds: int, noise: 
     num = len(truth_T)
     spread_T1 = np.full((num, 1), SPREAD[noise])
     spread_T1[-1] *= 3 if noise in ("unequal", "wide") else 1
+    spread_T1[num // 2] *= 6 if noise == "middle" else 1
     drawn_TS = rng.standard_t(3, (num, num_seeds)) / np.sqrt(3) if noise == "heavy" else rng.standard_normal((num, num_seeds))
     score_TS = 50 + truth_T[:, None] + rng.standard_normal(num_seeds) + spread_T1 * drawn_TS
     images = None
@@ -63,12 +66,12 @@ def table(rng: np.random.Generator, truth_T: np.ndarray, num_seeds: int, noise: 
     return Cell([f"teacher {t}" for t in range(num)], strength_T, np.ones(num), score_TS, images)
 
 
-def verdicts(tables: int) -> None:
+def verdicts(tables: int, noises: Sequence[str]) -> None:
     """Print one table of errors, and from a quarter as many draws one of verdicts that are right."""
     for truths, draws in ((errors, tables), (reached, tables // 4)):
         names = [name for _, columns in truths(3).values() for name in columns.values()]
         print("| noise | teachers | seeds |", " | ".join(names), "|\n|" + " --- |" * (3 + len(names)))
-        for noise in SPREAD:
+        for noise in noises:
             for num, num_seeds in SIZES:
                 shares = []
                 for truth_T, columns in truths(num).values():
@@ -79,10 +82,10 @@ def verdicts(tables: int) -> None:
         print()
 
 
-def methods(tables: int) -> None:
+def methods(tables: int, noises: Sequence[str]) -> None:
     """Print how often a flat truth gets a rising trend (2.5 % are due) from the verdict's test, one with the pooled variance alone, and Page's L."""
     print("| noise | teachers | seeds | verdict's trend | pooled variance, no images | Page's L |\n|" + " --- |" * 6)
-    for noise in SPREAD:
+    for noise in noises:
         for num, num_seeds in ((5, 3), (8, 5)):
             rng = np.random.default_rng(0)
             rising = np.zeros(3)
@@ -138,12 +141,14 @@ def percent(share: float) -> str:
 
 def main() -> None:
     parts = {"verdicts": verdicts, "methods": methods, "headline": headlines, "prediction": prediction}
+    by_noise = ("verdicts", "methods")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=int, default=1000)
     parser.add_argument("--only", choices=parts)
+    parser.add_argument("--noise", choices=SPREAD, help="of verdicts and methods; default: all")
     args = parser.parse_args()
     for name in [args.only] if args.only else parts:
-        parts[name](args.tables)
+        parts[name](args.tables, *([[args.noise] if args.noise else list(SPREAD)] if name in by_noise else []))
         print(flush=True)
 
 
