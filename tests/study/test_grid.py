@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from kdstore.errors import ConfigError, UnknownName
 from kdstore.study.config import parse_study, read_study
 from kdstore.study.controls import CONTROLS
 from kdstore.study.grid import plan_study
+from kdstore.study.run import finished
 
 TABLES = {
     "study": {"name": "tiny", "data": "scenes/train:128", "losses": ["clip-kd-free", "crd"], "samples": [128, 256], "seeds": [0, 1]},
@@ -124,3 +126,10 @@ def test_diagnostics_are_of_every_teacher_every_two_and_one_student_of_each_arm(
 def test_planning_needs_no_torch():
     code = "import sys, kdstore.study.grid, kdstore.study.folder; sys.exit('torch' in sys.modules or 'open_clip' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_study_in_the_docs_is_the_recipe_and_whole():
+    """Its digests are those of the recipe of now, so that whoever adds a teacher or a seed to it computes only what is new."""
+    study = Path(__file__).parents[2] / "docs" / "study-scenes" / "study"
+    plan = plan_study(read_study(study.parents[2] / "recipes" / "study-scenes.toml"))
+    assert finished(plan, study) == set(plan.tasks)
