@@ -129,12 +129,16 @@ def _cost(arm: Arm, results: Results, runs: list[dict[str, Any]]) -> dict[str, A
 
 
 def _files(arm: Arm, results: Results) -> Iterator[dict[str, str]]:
-    for role in ("extract", "distill", "retrieval", "vqa", "diagnose-teacher", "diagnose-student"):
-        for digest in _digests(arm, role):
-            if digest in results.done:
-                task = results.plan.tasks[digest]
-                path = result_path("", task)
-                yield {"path": str(path), "digest": results.done[digest]["digest"], "command": command(task, results)}
+    """Yield the result files behind an arm: of its own tasks, of what they read of teachers, and of how a teacher agrees with the others."""
+    tasks = results.plan.tasks
+    own = [digest for role in ("extract", "distill", "retrieval", "vqa", "diagnose-teacher", "diagnose-student") for digest in _digests(arm, role)]
+    if arm.kind == "teacher":
+        own += [digest for pair, digest in results.plan.pairs.items() if arm.teacher in pair]
+    read = [need for digest in own for need in tasks[digest].needs if tasks[need].kind == "extract"]
+    for digest in dict.fromkeys([*read, *own]):
+        if digest in results.done:
+            path = result_path("", tasks[digest])
+            yield {"path": str(path), "digest": results.done[digest]["digest"], "command": command(tasks[digest], results)}
 
 
 def command(task: Task, results: Results) -> str:
