@@ -27,7 +27,7 @@ from kdstore.distill.optimiser import learning_rate, make_optimiser
 from kdstore.distill.runfolder import Log
 from kdstore.distill.train import DistillResult, distill
 from kdstore.errors import ConfigError, DiskFull, Interrupted, KdstoreError, MissingFeature, RunError, SourceError, UnknownName
-from kdstore.jsonfile import read_json
+from kdstore.jsonfile import read_json, write_json
 from kdstore.models.load import load_model
 from kdstore.store import open_store
 
@@ -195,6 +195,14 @@ def test_a_run_folder_of_other_settings_is_refused_with_the_differences(config: 
         distill(dataclasses.replace(config, lr=1e-3, seed=1))
     with pytest.raises(RunError, match="stores is \\['sha256"):
         distill(dataclasses.replace(config, cache=str(make_store("float16"))))
+
+
+def test_a_run_of_a_version_that_lacked_a_setting_is_told_by_it(config: DistillConfig) -> None:
+    distill(config)
+    kept = Path(config.out) / "config.json"
+    write_json(kept, {name: value for name, value in json.loads(kept.read_text()).items() if name not in ("permute_targets", "digest")})
+    with pytest.raises(RunError, match=r"another run: permute_targets is unknown there and None here\."):
+        distill(config)
 
 
 def test_a_store_may_move_without_changing_the_run(config: DistillConfig, store: Path, tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ def run_state(path: Path, settings: dict[str, Any], *, resume: bool) -> Literal[
         return "new"
     found = read_json(path / CONFIG, RunError)
     if found.pop("digest") != digest_of(settings):
-        differing = [name for name in sorted(settings.keys() | found.keys()) if settings.get(name) != found.get(name)]
-        said = "; ".join(f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here" for name in differing)
+        there, here = ({name: repr(value) for name, value in side.items()} for side in (found, settings))
+        differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+        said = "; ".join(f"{name} is {there.get(name, 'unknown')} there and {here.get(name, 'unknown')} here" for name in differing)
         raise RunError(f"{path} holds another run: {said}.", "Choose another --out, or the settings of that run.")
     if (path / RUN).is_file():
         return "finished"
