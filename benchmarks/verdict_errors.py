@@ -140,15 +140,20 @@ def percent(share: float) -> str:
 
 
 def main() -> None:
-    parts = {"verdicts": verdicts, "methods": methods, "headline": headlines, "prediction": prediction}
-    by_noise = ("verdicts", "methods")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=int, default=1000)
-    parser.add_argument("--only", choices=parts)
+    parser.add_argument("--only", choices=("verdicts", "methods", "headline", "prediction"))
     parser.add_argument("--noise", choices=SPREAD, help="of verdicts and methods; default: all")
     args = parser.parse_args()
+    noises = [args.noise] if args.noise else list(SPREAD)
+    parts = {
+        "verdicts": lambda: verdicts(args.tables, noises),
+        "methods": lambda: methods(args.tables, noises),
+        "headline": lambda: headlines(args.tables),
+        "prediction": lambda: prediction(args.tables),
+    }
     for name in [args.only] if args.only else parts:
-        parts[name](args.tables, *([[args.noise] if args.noise else list(SPREAD)] if name in by_noise else []))
+        parts[name]()
         print(flush=True)
 
 
