@@ -45,6 +45,14 @@ def test_weights_that_are_named_are_never_left_out_in_silence(name, weights):
     assert resolve(architecture_of(name), untrained=True).open_clip_name == "ViT-B-32"
 
 
+@pytest.mark.parametrize("name", demo_teachers())
+def test_every_built_in_teacher_has_an_untrained_twin_of_its_architecture(name):
+    trained, twin = load_model(name, device="cpu"), load_model(architecture_of(name), untrained=True, seed=0, device="cpu")
+    assert twin.config["model_cfg"] == trained.config["model_cfg"]
+    assert twin.identity["teacher"]["name"] == f"{name} (untrained)"
+    assert twin.identity["teacher"]["weights_sha256"] != trained.identity["teacher"]["weights_sha256"]
+
+
 @pytest.mark.parametrize(("holds", "said"), [("config.json", "unfinished run"), ("checkpoint.pt", "unfinished run"), ("notes.txt", "not a model folder")])
 def test_a_folder_without_a_model_says_what_it_is_by_the_name_that_was_typed(in_tmp, holds, said):
     (in_tmp / "run").mkdir()

@@ -107,8 +107,8 @@ def resolve(name: str, pretrained: str | None = None, *, untrained: bool = False
 
     _register_configs()
     folder = Path(name.removeprefix("local-dir:"))
-    if name in demo_teachers() and not pretrained and not untrained:
-        return ModelName(name, f"local-dir:{demo_teachers()[name]}", None, name, label=name)
+    if name in demo_teachers() and not pretrained and (not untrained or name not in architectures()):
+        return ModelName(name, f"local-dir:{demo_teachers()[name]}", None, name, label=f"{name} (untrained)" if untrained else name)
     if name.startswith("hf-hub:"):
         _refuse_tag(name, pretrained)
         return ModelName(name, name, None, _path_safe(name.removeprefix("hf-hub:")), label=name)
