@@ -122,6 +122,7 @@ def test_what_cannot_be_paired_is_refused_with_what_differs(tmp_path: Path) -> N
         ({"metric": {"name": "vqa", "version": "2016"}}, "metric: .*2021.* and .*2016"),
         ({"config_digest": "sha256:3", "config": {"model": "x", "epochs": 5}}, r"protocol \(epochs: A 4, B 5\)"),
         ({"data": {"evaluated": {"name": "test", "digest": "sha256:9"}}}, r"data \(evaluated: A \"sha256:1\", B \"sha256:9\"\)"),
+        ({"classes": {"templates": ["a {}."]}}, r"data \(classes.*: A nothing, B .*a {}\."),
     ):
         with pytest.raises(EvaluationError, match=said):
             compare(a, written(tmp_path / "b.json", runs, **fields))

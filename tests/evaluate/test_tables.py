@@ -54,6 +54,22 @@ def test_what_differs_between_models_is_a_column_and_what_a_stranger_named_stays
     assert len({len(line) for line in lines}) == 1
 
 
+def test_other_items_under_one_name_are_a_column_and_nothing_is_the_best_of_them() -> None:
+    """As scenes before their questions changed, or two folders of one layout; stores of one set of images have names of their own."""
+
+    def of(name: str, low: float, data: str, digest: str, row: str = "model") -> dict[str, Any]:
+        summary = [{"row": row, "seeds": [0], "scores": {"overall": score(low + 1, low, low + 2)}}]
+        return result(name, {}, data={"evaluated": {"name": data, "digest": digest}}, summary=summary)
+
+    mixed = markdown_table([of("a", 10, "test", "sha256:1"), of("b", 90, "test", "sha256:2")])
+    assert mixed.splitlines()[0].split() == ["|", "model", "|", "items", "|", "overall", "|"]
+    assert "**" not in mixed
+    assert markdown_table([of("a", 10, "image", "sha256:1", "image"), of("b", 90, "image", "sha256:2", "image")]).splitlines()[0].split()[3] == "items"
+    stores = markdown_table([of("a", 10, "store/a", "sha256:1"), of("b", 90, "store/b", "sha256:1")])
+    assert stores.splitlines()[0].split() == ["|", "model", "|", "data", "|", "overall", "|"]
+    assert stores.count("**") == 2
+
+
 def test_csv_keeps_every_digit_and_where_it_comes_from() -> None:
     third = 100 / 3
     first, second = result("a", {"overall": score(third, 30, 40)}), result('b,"', {"ap": {"mean": 12.5}})

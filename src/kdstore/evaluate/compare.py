@@ -20,7 +20,7 @@ from kdstore.evaluate.page import Answered, open_questions, write_page
 from kdstore.evaluate.protocol import NOT_IN_DIGEST
 from kdstore.evaluate.results import check_out, read_result
 from kdstore.evaluate.summary import OVERALL, numbered
-from kdstore.evaluate.tables import aligned_table
+from kdstore.evaluate.tables import aligned_table, items_asked
 from kdstore.jsonfile import differing_fields, disk_errors, make_folders, write_json
 from kdstore.metrics.statistics import (
     RESAMPLES,
@@ -147,7 +147,7 @@ def _check_paired(a: Side, b: Side) -> None:
     if not differing and a.content["config_digest"] != b.content["config_digest"]:
         settings_a, settings_b = ({k: v for k, v in side.content["config"].items() if k not in _NO_PROTOCOL} for side in (a, b))
         differing.append(f"protocol ({differing_fields(settings_a, settings_b, ('A', 'B'))})")
-    if not differing and (said := differing_fields(_digests(a.content["data"]), _digests(b.content["data"]), ("A", "B"))):
+    if not differing and (said := differing_fields(items_asked(a.content), items_asked(b.content), ("A", "B"))):
         differing.append(f"data ({said})")
     if not differing and any(getattr(a.outcomes, name) != getattr(b.outcomes, name) for name in ("item_N", "kind_N", "group_N")):
         shared = set(zip(a.outcomes.kind_N, a.outcomes.item_N, strict=True)) & set(zip(b.outcomes.kind_N, b.outcomes.item_N, strict=True))
@@ -156,11 +156,6 @@ def _check_paired(a: Side, b: Side) -> None:
         differing.append(f"seeds: {a.seeds} and {b.seeds}")
     if differing:
         raise EvaluationError(f"{a.path} and {b.path} cannot be compared, they differ in {'; '.join(differing)}.", "Evaluate both models in the same way.")
-
-
-def _digests(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the digests among what a result says of its data."""
-    return {name: part["digest"] for name, part in data.items() if isinstance(part, dict) and "digest" in part}
 
 
 def _differences(a: Side, b: Side) -> list[dict[str, Any]]:

@@ -13,21 +13,27 @@ from typing import Any
 
 from kdstore.errors import EvaluationError
 from kdstore.evaluate.summary import summarise
+from kdstore.jsonfile import digest_of
 
-_SHOWN = ("data", "metric", "seeds", "protocol")  # in Markdown, where they differ
+_SHOWN = ("data", "items", "metric", "seeds", "protocol")  # in Markdown, where they differ; items where one name stands for several
 _TRACED = (*_SHOWN, "weights", "stores", "result", "kdstore")  # in CSV, always
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     """Render results of one stage in percent: means over seeds with their 95 % intervals; a score that a row lacks is a dash.
 
-    A model's score is bold where its interval lies above those of all other models. Raises EvaluationError for results of several stages.
+    A model's score is bold where its interval lies above those of all other models on the same items. Raises EvaluationError for results of several stages.
     """
     lines = list(_lines(results))
     scores = _score_names(lines)
-    models = [(origin, record) for origin, record in lines if record["row"] == "model"]
-    shown = [name for name in _SHOWN if len({origin[name] for origin, _ in models}) > 1]
-    best = {name: _best([record["scores"].get(name) for _, record in models]) for name in scores}
+    models = [(origin, record) for origin, record in lines if record["row"] == "model"] or lines  # agreement has rows of other names
+
+    def distinct(*labels: str) -> int:
+        return len({tuple(origin[label] for label in labels) for origin, _ in models})
+
+    shown = [name for name in _SHOWN if distinct(name) > 1 and (name != "items" or distinct("data", name) > distinct("data"))]
+    alike = distinct("items", "metric") == 1
+    best = {name: _best([record["scores"].get(name) for _, record in models]) if alike else None for name in scores}
     table = [["model", *shown, *scores]]
     for origin, record in lines:
         name = origin["model"] if record["row"] == "model" else f"{origin['model']}, {record['row']}"
@@ -71,6 +77,7 @@ def _origin(result: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     return {
         "model": str(model["name"]),
         "data": str(data.get("evaluated", {}).get("name") or data.get("source")),
+        "items": digest_of(items_asked(result)),
         "metric": " ".join(str(part) for part in result.get("metric", {}).values()),
         "seeds": " ".join(map(str, record["seeds"])),
         "protocol": result["config_digest"],
@@ -79,6 +86,12 @@ def _origin(result: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
         "result": result.get("digest", ""),
         "kdstore": result["made"]["versions"]["kdstore"],
     }
+
+
+def items_asked(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells which items a result scores: the digests of its data and, of images by class, the names and templates."""
+    digests = {name: part["digest"] for name, part in result["data"].items() if isinstance(part, dict) and "digest" in part}
+    return digests | ({"classes": result["classes"]} if "classes" in result else {})
 
 
 def _score_names(lines: Sequence[tuple[dict[str, str], dict[str, Any]]]) -> list[str]:
