@@ -17,7 +17,7 @@ from kdstore.evaluate.features import kept_images, on_grid, without_image
 from kdstore.evaluate.fit import Lessons, answer_questions, build_head, fit_head, held_out_accuracy
 from kdstore.evaluate.heads import HEADS, MAX_WORDS, PackedQuestions, head_parameters, token_places
 from kdstore.evaluate.packing import QUESTIONS_PER_ROW, pack_questions, packed_batch
-from kdstore.evaluate.protocol import READS, VqaConfig
+from kdstore.evaluate.protocol import HEADS_VERSION, READS, VqaConfig
 
 CPU = torch.device("cpu")
 QUESTIONS = [[3, 4, 5], [6], [3, 7, 8, 9, 4], [5, 5], [], [9, 8, 7]]
@@ -51,6 +51,21 @@ def test_a_question_gets_the_same_logits_alone_and_among_others(kind: str) -> No
     assert set(together) == set(range(len(QUESTIONS)))
     for q, (words, number) in enumerate(zip(QUESTIONS, IMAGES, strict=True)):
         torch.testing.assert_close(logits_by_question(head, image, [words], [number])[0], together[q], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_what_heads_compute_changes_with_their_version_alone(kind: str) -> None:
+    """From the same draw the same logits: where this fails, HEADS_VERSION rises, or rows and results of other heads are taken for these."""
+    assert HEADS_VERSION == 2
+    logits = logits_by_question(make_head(kind), make_images(kind), [[3, 4, 5]], [0])[0]
+    torch.testing.assert_close(logits, torch.tensor(LOGITS[kind]), atol=1e-3, rtol=1e-3)
+
+
+LOGITS = {
+    "coattention": [-0.4279, -0.8441, 0.5380, -0.0211, 0.0527],
+    "butd": [-0.9665, 0.5267, 0.5247, 0.4337, 0.0400],
+    "pooled": [0.1245, 0.1597, 0.0269, 0.1275, 0.5743],
+}
 
 
 @pytest.mark.parametrize("kind", HEADS)

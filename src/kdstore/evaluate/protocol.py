@@ -11,6 +11,7 @@ from kdstore.errors import ConfigError, UnknownName
 from kdstore.evaluate.datasets import check_vqa_name
 
 HEADS_VERSION = 2
+"""Of what heads compute by the same settings: another one for any change, so that no result or row of other heads is taken for one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
