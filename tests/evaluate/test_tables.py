@@ -57,14 +57,16 @@ def test_what_differs_between_models_is_a_column_and_what_a_stranger_named_stays
 def test_other_items_under_one_name_are_a_column_and_nothing_is_the_best_of_them() -> None:
     """As scenes before their questions changed, or two folders of one layout; stores of one set of images have names of their own."""
 
-    def of(name: str, low: float, data: str, digest: str, row: str = "model") -> dict[str, Any]:
+    def of(name: str, low: float, data: str, digest: str, row: str = "model", **fields: Any) -> dict[str, Any]:
         summary = [{"row": row, "seeds": [0], "scores": {"overall": score(low + 1, low, low + 2)}}]
-        return result(name, {}, data={"evaluated": {"name": data, "digest": digest}}, summary=summary)
+        return result(name, {}, data={"evaluated": {"name": data, "digest": digest}}, summary=summary, **fields)
 
     mixed = markdown_table([of("a", 10, "test", "sha256:1"), of("b", 90, "test", "sha256:2")])
     assert mixed.splitlines()[0].split() == ["|", "model", "|", "items", "|", "overall", "|"]
     assert "**" not in mixed
-    assert markdown_table([of("a", 10, "image", "sha256:1", "image"), of("b", 90, "image", "sha256:2", "image")]).splitlines()[0].split()[3] == "items"
+    agreement = [of("a", 10, "test", f"sha256:{teacher}", "image", teacher={"name": teacher}) for teacher in "tu"]
+    assert [line.split(" | ")[0] for line in markdown_table(agreement).splitlines()[2:]] == ["| a & t, image", "| a & u, image"]
+    assert markdown_table(agreement).splitlines()[0].split()[3] == "items"
     stores = markdown_table([of("a", 10, "store/a", "sha256:1"), of("b", 90, "store/b", "sha256:1")])
     assert stores.splitlines()[0].split() == ["|", "model", "|", "data", "|", "overall", "|"]
     assert stores.count("**") == 2

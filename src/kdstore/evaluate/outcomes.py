@@ -101,7 +101,8 @@ def write_outcomes(result: str | Path, outcomes: Outcomes) -> dict[str, Any]:
 def read_outcomes(result: str | Path, record: dict[str, Any] | None) -> Outcomes:
     """Read the outcomes of a result file that records them as `record`; raises EvaluationError unless they are what was written."""
     if record is None:
-        raise EvaluationError(f"{result} holds no outcomes of single questions: it is of an older form.", "Evaluate again.")
+        found = f"{result} holds no outcomes of single items: its scores are no means of such (agreement, average precision), or it is of an older form."
+        raise EvaluationError(found, "Put it in a table: kdstore evaluate table. If it is old, evaluate again.")
     path = outcomes_path(result)
     if not path.is_file():
         raise EvaluationError(f"No file {path} beside the result, which needs it.", _REPAIR)

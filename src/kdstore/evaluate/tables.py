@@ -75,7 +75,7 @@ def _origin(result: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     run = model.get("run") or {}
     stores = model.get("stores") or [store["digest"] for store in [run.get("store")] if store]
     return {
-        "model": str(model["name"]),
+        "model": " & ".join(str(result[side]["name"]) for side in ("model", "teacher") if side in result),  # agreement is of both
         "data": str(data.get("evaluated", {}).get("name") or data.get("source")),
         "items": digest_of(items_asked(result)),
         "metric": " ".join(str(part) for part in result.get("metric", {}).values()),
