@@ -101,6 +101,8 @@ def test_seeds_are_paired_and_widen_the_interval_and_what_draws_nothing_meets_ea
     oracle = compare(a, b, row_a="oracle")["scores"][0]
     assert oracle["a"] == 100
     assert oracle["only_b_right"] == 0
+    other_order = written(tmp_path / "c.json", {("model", s): scores(10 + s, 0.1 * s) for s in (2, 0, 1)})
+    assert compare(a, other_order)["scores"] == content["scores"]
     one = written(tmp_path / "one.json", {("model", 0): scores(0)})
     with pytest.raises(EvaluationError, match=r"differ in seeds: \[0, 1, 2\] and \[0\]"):
         compare(a, one)

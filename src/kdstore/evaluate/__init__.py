@@ -1,4 +1,4 @@
-"""Evaluation: what a model's frozen features are worth in visual question answering and in retrieval."""
+"""Evaluation of models, and of features in stores; here are the metrics of answers, which need neither."""
 
 from kdstore.metrics.answers import METRICS, predictions_of, score_answers
 from kdstore.metrics.gqa import gqa_grounding

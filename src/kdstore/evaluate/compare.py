@@ -15,7 +15,7 @@ import numpy as np
 
 import kdstore
 from kdstore.errors import EvaluationError, UnknownName
-from kdstore.evaluate.outcomes import Outcomes, read_outcomes
+from kdstore.evaluate.outcomes import Outcomes, Run, read_outcomes
 from kdstore.evaluate.page import Answered, open_questions, write_page
 from kdstore.evaluate.protocol import NOT_IN_DIGEST
 from kdstore.evaluate.results import check_out, read_result
@@ -49,12 +49,16 @@ class Side:
     row: str
 
     @property
+    def runs(self) -> list[Run]:
+        return sorted((run for run in self.outcomes.runs if run.row == self.row), key=lambda run: run.seed or 0)
+
+    @property
     def seeds(self) -> list[int | None]:
-        return [run.seed for run in self.outcomes.runs if run.row == self.row]
+        return [run.seed for run in self.runs]
 
     @property
     def score_SN(self) -> np.ndarray:
-        return np.stack([run.score_N for run in self.outcomes.runs if run.row == self.row])
+        return np.stack([run.score_N for run in self.runs])
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -64,8 +68,8 @@ class Side:
 
     def answered(self) -> Answered:
         """Return what the row answered, for a page."""
-        runs = [run for run in self.outcomes.runs if run.row == self.row]
-        return Answered(f"{self.content['model']['name']}, {self.row}", self.score_SN.mean(axis=0), [run.answer_N for run in runs if run.answer_N is not None])
+        answers = [run.answer_N for run in self.runs if run.answer_N is not None]
+        return Answered(f"{self.content['model']['name']}, {self.row}", self.score_SN.mean(axis=0), answers)
 
     def record(self) -> dict[str, Any]:
         """Return what a comparison says of this side."""

@@ -47,7 +47,8 @@ def open_questions(result: dict[str, Any], folder: str | None = None) -> VqaSpli
     name = config["eval_split"] if "eval_split" in config else config["split"]
     split = open_vqa(config["dataset"], name, folder=folder or config["folder"], num_images=config.get("eval_images"))
     if split.record()["digest"] != result["data"]["evaluated"]["digest"]:
-        raise EvaluationError(f"The questions of {split.name} are not those that were scored.", "Name the data set's folder as it was: --data-dir PATH.")
+        hint = "Name the data set's folder as it was: --data-dir PATH. Scenes of another version ask other questions."
+        raise EvaluationError(f"The questions of {split.name} are not those that were scored.", hint)
     return split
 
 
