@@ -54,6 +54,13 @@ def test_a_value_of_another_type_is_named(wrong):
         make_config(Settings, wrong)
 
 
+def test_a_number_where_a_text_is_wanted_says_how_to_quote_it():
+    with pytest.raises(ConfigError) as e:
+        make_config(Settings, parse_set(["name=2016"]))
+    assert """--set 'name="2016"'""" in e.value.hint
+    assert make_config(Settings, parse_set(['name="2016"'])).name == "2016"
+
+
 def test_an_unknown_setting_gets_a_suggestion():
     with pytest.raises(UnknownName, match="Did you mean rate"):
         make_config(Settings, {"ratee": 1})

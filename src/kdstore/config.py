@@ -103,4 +103,6 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
         if origin in (int, str, bool) and type(value) is origin:
             return value
     wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    raise ConfigError(f"'{name}' in {where} must be {wanted}, found {value!r}.", f"Correct {name}.")
+    quoted = f"""--set '{name}="{value}"'"""  # a version such as 2016 is a number to TOML
+    hint = f'Put it in quotes: {name} = "{value}" in a recipe, or {quoted}.' if str in options and type(value) in (int, float) else f"Correct {name}."
+    raise ConfigError(f"'{name}' in {where} must be {wanted}, found {value!r}.", hint)

@@ -26,6 +26,7 @@ def evaluate_vqa(
     dataset: Annotated[str | None, typer.Option(help="See 'kdstore list vqa'.")] = None,
     folder: Annotated[str | None, typer.Option("--data-dir", help="Folder of the data set's files.")] = None,
     split: Annotated[str | None, typer.Option(help="The split whose questions are scored.")] = None,
+    metric_version: Annotated[str | None, typer.Option(help="Another behaviour of the data set's metric than the default.")] = None,
     head: Annotated[str | None, typer.Option(help="coattention, butd, or pooled (a weak baseline).")] = None,
     question_encoder: Annotated[str | None, typer.Option(help="scratch, or own-text-tower (a second protocol).")] = None,
     controls: Annotated[bool | None, typer.Option("--controls/--no-controls", help="Rows question-only, untrained, vocabulary-oracle.")] = None,
@@ -40,7 +41,7 @@ def evaluate_vqa(
     from kdstore.evaluate.protocol import VqaConfig, parse_seeds
 
     options: dict[str, Any] = {"model": model, "pretrained": pretrained, "dataset": dataset, "folder": folder, "eval_split": split, "head": head}
-    options |= {"question_encoder": question_encoder, "features": features or None, "mode": mode, "image_size": image_size}
+    options |= {"question_encoder": question_encoder, "features": features or None, "mode": mode, "image_size": image_size, "metric_version": metric_version}
     config = config_of(VqaConfig, "vqa", recipe, settings, {**options, "controls": controls, "out": out, "seeds": parse_seeds(seeds), "device": device})
     from kdstore.evaluate import vqa
 
