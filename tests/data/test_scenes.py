@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdstore.data import scenes
-from kdstore.data.scenes import COLORS, HUES, QUESTION_TYPES, SHAPES, SPLITS, Scenes
+from kdstore.data.scenes import COLORS, HUES, QUESTION_TYPES, RELATION_GAP, SHAPES, SPLITS, Scenes
 from kdstore.errors import SourceError, UnknownName
 
 splits = st.sampled_from(sorted(SPLITS))
@@ -101,6 +101,9 @@ def test_the_truth_of_every_question_follows_from_the_scene(split, index):
             target = {"leftmost": min, "rightmost": max, "topmost": min, "bottommost": max}[side](scene.things, key=lambda t: t.x if side in ACROSS else t.y)
             assert q.truth == target.color
             assert any(t.color != q.truth for t in scene.things)
+            places = sorted(t.x if side in ACROSS else t.y for t in scene.things)
+            outer, inner = (places[0], places[1]) if side in ("leftmost", "topmost") else (places[-1], places[-2])
+            assert abs(outer - inner) >= RELATION_GAP, "none that could be taken for it"
 
 
 ACROSS = ("leftmost", "rightmost")
