@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdstore.errors import ModelError
 from kdstore.models import towers
 from kdstore.models.load import parameter_counts, quiet
-from kdstore.models.names import architecture_of, demo_teachers, resolve
+from kdstore.models.names import architecture_of, resolve
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def build_without_weights(name: str, device: str | torch.device) -> Any:
 
     Raises UnknownName and ModelError as `resolve` does, and ModelError where the hub does not say what such a model is.
     """
-    folder = demo_teachers().get(name)
-    resolved = resolve(f"local-dir:{folder}" if folder else architecture_of(name), untrained=True)
+    resolved = resolve(architecture_of(name), untrained=True)
     try:
         with quiet():
             return open_clip.create_model(resolved.open_clip_name, load_weights=False, pretrained_text=False, device=device)
