@@ -25,6 +25,7 @@ from kdstore.jsonfile import disk_error
 from kdstore.models.encode import encode_image, encode_image_tokens, encode_text_tokens
 from kdstore.models.load import Model
 from kdstore.progress import OnProgress, silent
+from kdstore.threads import batches_ahead, decoding_threads
 
 IN_MEMORY = 2 * 1024**3
 """Bytes of one array past which it lies in a temporary file."""
@@ -65,21 +66,22 @@ def image_features(
     and for a `grid` that tokens cannot be averaged to.
     """
     arrays: list[np.ndarray] = []
-    for start in range(0, num_images, batch):
-        stop = min(num_images, start + batch)
-        image_BCHW = torch.stack([models[0].preprocess(load(i).image) for i in range(start, stop)])
-        for m, model in enumerate(models):
-            feature_BTW = encode_image_tokens(model, image_BCHW)[1] if reads == "tokens" else encode_image(model, image_BCHW)[:, None]
-            half_BTW = feature_BTW.to(torch.float16)
-            if not half_BTW.isfinite().all():
-                raise EvaluationError(
-                    f"{model.name.name} gives features that are not finite in float16, on images {start} to {stop - 1}.", "Check its weights and its precision."
-                )
-            kept_BTW = on_grid(half_BTW, grid).cpu().numpy()
-            if start == 0:
-                arrays.append(_empty((num_images, *kept_BTW.shape[1:])))
-            arrays[m][start:stop] = kept_BTW
-        on_progress(stage, stop, num_images, "")
+    stop = 0
+    with decoding_threads(models[0].device.type) as pool:
+        for pixels in batches_ahead(pool, lambda i: models[0].preprocess(load(i).image), range(num_images), batch):
+            start, stop = stop, stop + len(pixels)
+            image_BCHW = torch.stack(pixels)
+            for m, model in enumerate(models):
+                feature_BTW = encode_image_tokens(model, image_BCHW)[1] if reads == "tokens" else encode_image(model, image_BCHW)[:, None]
+                half_BTW = feature_BTW.to(torch.float16)
+                if not half_BTW.isfinite().all():
+                    found = f"{model.name.name} gives features that are not finite in float16, on images {start} to {stop - 1}."
+                    raise EvaluationError(found, "Check its weights and its precision.")
+                kept_BTW = on_grid(half_BTW, grid).cpu().numpy()
+                if start == 0:
+                    arrays.append(_empty((num_images, *kept_BTW.shape[1:])))
+                arrays[m][start:stop] = kept_BTW
+            on_progress(stage, stop, num_images, "")
     return arrays
 
 

@@ -7,7 +7,6 @@ N images, M texts, D width.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from kdstore.models.encode import encode_image, encode_text, in_batches
 from kdstore.models.load import Model, load_model
 from kdstore.progress import OnProgress
 from kdstore.store import Store, join_sources, open_store
+from kdstore.threads import batches_ahead, decoding_threads
 
 Array = npt.NDArray[Any]
 _NO_PROTOCOL = ("model", "pretrained", "cache", "train_cache", "data", "train_data", "device", "encode_batch", "out")
@@ -163,16 +163,22 @@ def usable_images(gallery: Gallery, wanted: Callable[[Caption], bool], what: str
 
 
 def _encoded_images(model: Model, source: Source, rows: Sequence[int], batch: int, on_progress: OnProgress) -> Array:
+    def decode(row: int) -> torch.Tensor | None:
+        try:
+            return model.preprocess(source.image(row).image)
+        except UndecodableImage:
+            return None
+
     image_ND = np.full((len(rows), model.embed_dim), np.nan, np.float32)
-    for start in range(0, len(rows), batch):
-        pictures: dict[int, torch.Tensor] = {}
-        for place, row in enumerate(rows[start : start + batch], start):
-            with contextlib.suppress(UndecodableImage):
-                pictures[place] = model.preprocess(source.image(row).image)
-        if pictures:
-            embedding_BD = encode_image(model, torch.stack(list(pictures.values()))).cpu().numpy()
-            image_ND[list(pictures)] = _checked(embedding_BD, "images", model.name.name)
-        on_progress("images", min(start + batch, len(rows)), len(rows), "")
+    done = 0
+    with decoding_threads(model.device.type) as pool:
+        for pictures in batches_ahead(pool, decode, rows, batch):
+            decoded = {place: picture for place, picture in enumerate(pictures, done) if picture is not None}
+            if decoded:
+                embedding_BD = encode_image(model, torch.stack(list(decoded.values()))).cpu().numpy()
+                image_ND[list(decoded)] = _checked(embedding_BD, "images", model.name.name)
+            done += len(pictures)
+            on_progress("images", done, len(rows), "")
     return image_ND
 
 

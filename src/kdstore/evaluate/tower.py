@@ -6,7 +6,6 @@ Frozen parts run as in evaluation, so that their batch statistics and dropout do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +17,7 @@ from kdstore.evaluate.features import Images, on_grid
 from kdstore.models import towers
 from kdstore.models.load import DTYPES, Model
 from kdstore.models.pixels import Kept, Pixels, split_preprocess
-
-DECODERS = 4
-"""Threads that decode the images of a batch."""
+from kdstore.threads import decoding_threads
 
 
 class ImageTower(nn.Module):
@@ -32,7 +29,7 @@ class ImageTower(nn.Module):
         self.keep, self.finish = split_preprocess(model.preprocess)
         self._trained = towers.train_last_blocks(model.clip, blocks)
         self._unregistered = (model.clip,)  # its text tower is no part of what is trained and kept
-        self._device, self._dtype, self._reads, self._grid = model.device, DTYPES[model.precision], reads, grid
+        self.device, self._dtype, self._reads, self._grid = model.device, DTYPES[model.precision], reads, grid
 
     def train(self, mode: bool = True) -> ImageTower:
         """Put what is trained into this mode; the rest stays in evaluation."""
@@ -43,8 +40,8 @@ class ImageTower(nn.Module):
 
     def forward(self, pixels_UCHW: torch.Tensor) -> torch.Tensor:
         (clip,) = self._unregistered
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            image_UCHW = self.finish(pixels_UCHW.to(self._device))
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            image_UCHW = self.finish(pixels_UCHW.to(self.device))
             if self._reads == "tokens":
                 feature_UTW = on_grid(towers.image_tokens(clip, image_UCHW, None)[1], self._grid)
             else:
@@ -57,7 +54,7 @@ def tuned_images(tower: ImageTower, split: VqaSplit, pixels_gib: float) -> Image
     kept = Kept(int(pixels_gib * 2**30))
 
     def decode(numbers: Sequence[int]) -> list[Pixels]:
-        with ThreadPoolExecutor(DECODERS) as pool:
+        with decoding_threads(tower.device.type) as pool:
             return list(pool.map(lambda i: tower.keep(split.image(i).image), numbers))
 
     def take(numbers_U: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -28,6 +28,7 @@ from kdstore.extract.units import Tally
 from kdstore.models.names import resolve
 from kdstore.progress import OnProgress
 from kdstore.store import Begun, StoreWriter, Unit, open_attempt, read_begun
+from kdstore.threads import available_cores
 
 LOCAL = "127.0.0.1"
 CONNECT_SECONDS = 30
@@ -94,8 +95,7 @@ def stage_remotely(config: ExtractConfig, name: str, threads: int | None) -> Out
 
 def threads_of_a_worker(workers: int) -> int | None:
     """Return how many threads the model gets in each of some processes of this machine, of the cores that we may use; None without any."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers) if workers else None
+    return max(1, available_cores() // workers) if workers else None
 
 
 def config_for_workers(job: Job) -> ExtractConfig:

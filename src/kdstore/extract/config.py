@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from kdstore.errors import ConfigError, UnknownName
+from kdstore.threads import MOST_DECODERS, available_cores
 
 TOKENS = ("none", "image", "text", "both")
 DTYPES = ("float16", "float32")
 BAD_VALUES = ("refuse", "invalid")
 CHUNK_ROWS, MOST_CHUNKS = 16, 2**20  # rows of embeddings in a chunk, chunks in a shard (docs/format.md)
-MOST_DECODERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +104,7 @@ class ExtractConfig:
     @property
     def decoders(self) -> int:
         """How many threads decode in a process: `threads`, or the cores that it may use, shared among the workers of this machine."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.threads or max(1, min(MOST_DECODERS, cores // max(1, self.workers)))
+        return self.threads or max(1, min(MOST_DECODERS, available_cores() // max(1, self.workers)))
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -6,12 +6,8 @@ spent (decoding, model, encoding and writing), so that a run can say which of th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import math
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +30,8 @@ from kdstore.models.encode import text_token_form
 from kdstore.models.load import Model
 from kdstore.models.memory import Fitting
 from kdstore.store import ArraySpec, Attempt, Codec, Plan, Unit
+from kdstore.threads import AHEAD, batches_ahead, decoding_threads
 
-AHEAD = 2  # batches decoded before the model asks for them, and written after it has ended
 DISTINCT_BYTES = 1 << 30  # of features of captions that are kept in case they come again
 ENOUGH = 100  # images from which a share of undecodable ones is believed
 BAD_VALUES = "its features are no finite numbers of the stored type"
@@ -101,7 +97,7 @@ class Extractor:
         self.images_at_once = max(1, config.batch // len(self._views))  # a batch is of pictures, and all of an image are in one
         text_shape = text_token_form(model, config.token_layer).shape if "text/tokens" in self._specs else (1, model.embed_dim)
         self._distinct_texts = max(1, DISTINCT_BYTES // (4 * math.prod(text_shape)))
-        self._decoders = ThreadPoolExecutor(config.decoders, "decode", _give_way if model.device.type == "cpu" else None)
+        self._decoders = decoding_threads(model.device.type, config.decoders)
         self._writer = ThreadPoolExecutor(1, "write")
 
     def close(self) -> None:
@@ -149,21 +145,22 @@ class Extractor:
 
     def decode_all(self, rows: range) -> tuple[list[tuple[torch.Tensor | None, dict[str, Any]]], float]:
         """Decode images in all threads; returns them with the seconds that it took: of one thread, over their number."""
-        return self._joined([self._decoding(row) for row in rows])
+        return self._split(list(self._decoders.map(self._timed_decode, rows)))
 
-    def _decoding(self, row: int) -> Future[Any]:
-        return self._decoders.submit(_timed, functools.partial(self.decode, views=self._views), row)
+    def _timed_decode(self, row: int) -> tuple[Any, float]:
+        started = time.perf_counter()
+        return self.decode(row, views=self._views), time.perf_counter() - started
 
-    def _joined(self, futures: list[Future[Any]]) -> tuple[list[Any], float]:
-        found = [future.result() for future in futures]
-        return [decoded for decoded, _ in found], sum(seconds for _, seconds in found) / self._config.decoders
+    def _split(self, timed: list[tuple[Any, float]]) -> tuple[list[Any], float]:
+        return [decoded for decoded, _ in timed], sum(seconds for _, seconds in timed) / self._config.decoders
 
     def _images(self, attempt: Attempt, unit: Unit) -> Iterator[tuple[Tally, Callable[[], int]]]:
         if isinstance(self._source, RowsOfStore) and not self._config.reads_images:
             attempt.index(self._source.index_rows(unit.start, unit.stop))  # no image need be read
             return
         first = unit.start
-        for decoded, seconds in self._batches_ahead(unit):
+        for timed in batches_ahead(self._decoders, self._timed_decode, range(unit.start, unit.stop), self.images_at_once):
+            decoded, seconds = self._split(timed)
             started = time.perf_counter()
             pixels, rows = [d for d, _ in decoded if d is not None], [info for _, info in decoded]
             features = image_features(self._config, self.model, self.fitting, torch.stack(pixels)) if pixels else {}
@@ -238,26 +235,6 @@ class Extractor:
         attempt.index(rows)
         return int((~good).sum())
 
-    def _batches_ahead(self, unit: Unit) -> Iterator[tuple[list[tuple[torch.Tensor | None, dict[str, Any]]], float]]:
-        """Decode the unit's batches in threads; yields them in order with the seconds that their decoding took, as `decode_all` counts them."""
-        waiting: deque[list[Future[Any]]] = deque()
-        try:
-            for start in range(unit.start, unit.stop, self.images_at_once):
-                waiting.append([self._decoding(row) for row in range(start, min(start + self.images_at_once, unit.stop))])
-                if len(waiting) > AHEAD:
-                    yield self._joined(waiting.popleft())
-            while waiting:
-                yield self._joined(waiting.popleft())
-        finally:
-            for future in (future for batch in waiting for future in batch):
-                future.cancel()
-
-
-def _give_way() -> None:
-    """Leave the cores to the threads of a model on the CPU: they wait for each other, so that one of them held up holds up all."""
-    with contextlib.suppress(AttributeError, OSError):  # no such call, or not allowed
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # at 19 they starve where others work too
-
 
 def _spans(texts: list[str], most: int) -> Iterator[tuple[list[str], npt.NDArray[np.int64]]]:
     """Cut texts into spans of at most `most` distinct ones; yields these in order of appearance, and the place among them of each text of the span [N]."""
@@ -269,11 +246,6 @@ def _spans(texts: list[str], most: int) -> Iterator[tuple[list[str], npt.NDArray
             distinct, places = {}, []
         places.append(distinct.setdefault(text, len(distinct)))
     yield list(distinct), np.array(places)
-
-
-def _timed(decode: Callable[[int], Any], row: int) -> tuple[Any, float]:
-    started = time.perf_counter()
-    return decode(row), time.perf_counter() - started
 
 
 def _written(write: Callable[[], int]) -> Tally:

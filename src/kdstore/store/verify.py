@@ -34,6 +34,7 @@ from kdstore.store.manifest import NPY_HEADER_BYTES, Manifest, cannot_read, read
 from kdstore.store.plan import SIDES
 from kdstore.store.reader import array_spec
 from kdstore.store.shard import CRC_BYTES, crc32c, index_bytes, parse_index
+from kdstore.threads import available_cores
 
 BUFFER_BYTES = 1 << 20
 _SAMPLE = re.compile(r"(\d+(?:\.\d+)?) ?(%|[kMGT]B)")
@@ -349,7 +350,7 @@ def _counter(on_progress: OnProgress, stage: str, total: int) -> tuple[Callable[
 @contextlib.contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
     """All cores; an interrupt leaves out what has not begun."""
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), "verify")
+    pool = ThreadPoolExecutor(available_cores(), "verify")
     try:
         yield pool
     finally:

@@ -29,6 +29,7 @@ from kdstore.study.config import StudyConfig
 from kdstore.study.folder import LOCKS, begin_study, lock_folder, log_path, note_failure, read_done, write_job
 from kdstore.study.grid import Plan, Task, plan_study
 from kdstore.study.work import BUSY, FOUND, HEADER, begin, without_unread
+from kdstore.threads import available_cores
 
 POLL_SECONDS = 0.2
 BUSY_SECONDS = 30.0  # until a task that another process does is tried again though its lock is still there: its holder may be dead
@@ -300,8 +301,7 @@ class _Here:
     pool: ThreadPoolExecutor
 
     def __post_init__(self) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // self.workers)))
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // self.workers)))
         gpus = visible_gpus() if self.workers > 1 else []
         self._places: SimpleQueue[dict[str, str]] = SimpleQueue()
         for number in range(self.workers):
