@@ -65,10 +65,18 @@ def test_a_second_run_computes_nothing_again(demo):
     assert again.content["table"] == result.content["table"]
 
 
-@pytest.mark.parametrize("place", [("made", "versions", "kdstore"), ("model", "identity", "teacher", "digest")])
-def test_a_result_of_another_version_or_other_weights_is_made_again(demo, place):
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("scenes-S-retrieval.json", ("made", "versions", "kdstore")),
+        ("scenes-S-retrieval.json", ("model", "identity", "teacher", "digest")),
+        ("scenes-S-vqa.json", ("data", "train", "digest")),
+        ("scenes-S-vqa.json", ("data", "evaluated", "digest")),
+    ],
+)
+def test_a_result_of_another_version_other_weights_or_other_questions_is_made_again(demo, name, place):
     config, result, _ = demo
-    path = result.report.parent / "results" / "scenes-S-retrieval.json"
+    path = result.report.parent / "results" / name
     before = read_json(path)
     other = copy.deepcopy(before)
     functools.reduce(dict.__getitem__, place[:-1], other)[place[-1]] = "other"

@@ -6,6 +6,7 @@ Each stage keeps what it finished, so an interrupted demo goes on where it stopp
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from kdstore.demo.report import write_report
 from kdstore.distill.config import DistillConfig
 from kdstore.distill.train import distill
 from kdstore.errors import EvaluationError, RunError
+from kdstore.evaluate.datasets import open_vqa
 from kdstore.evaluate.protocol import RetrievalConfig, VqaConfig
 from kdstore.evaluate.results import read_result
 from kdstore.evaluate.retrieval import evaluate_retrieval
@@ -169,15 +171,23 @@ def _evaluate(config: DemoConfig, model: Scored, group: str, kind: str, seed: in
 
 
 def kept_result(config: RetrievalConfig | VqaConfig, model: Scored) -> dict[str, Any] | None:
-    """Return the result of an earlier demo if it is whole, and of these settings, this version and the weights that `model` names."""
+    """Return the result of an earlier demo if it is whole, and of these settings, this version, the questions of now and the weights that `model` names."""
     assert config.out is not None
     try:
         found = read_result(config.out)
     except EvaluationError:
         return None
     of = (found["model"]["identity"]["teacher"]["digest"], (found["model"]["run"] or {}).get("digest"))
-    same = model.digest in of and found["made"]["versions"]["kdstore"] == kdstore.__version__
-    return found if same and found["config"] == as_dict(config) else None
+    same = model.digest in of and found["made"]["versions"]["kdstore"] == kdstore.__version__ and found["config"] == as_dict(config)
+    if same and isinstance(config, VqaConfig):
+        asked = (config.train_split, config.train_images), (config.eval_split, config.eval_images)
+        same = [found["data"][part]["digest"] for part in ("train", "evaluated")] == [_questions_digest(*split) for split in asked]
+    return found if same else None
+
+
+@functools.lru_cache
+def _questions_digest(split: str, num_images: int) -> str:
+    return open_vqa("scenes", split, num_images=num_images).digest
 
 
 def _put_together(lines: list[_Evaluated]) -> list[dict[str, Any]]:
