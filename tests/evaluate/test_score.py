@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from kdstore.cli import app
 from kdstore.errors import EvaluationError, UnknownName
+from kdstore.evaluate.compare import compare
 from kdstore.evaluate.datasets import VQA_DATASETS, VqaSplit, open_vqa, read_predictions, scored_split
 from kdstore.evaluate.datasets.submission import CSV, OBJECT
 from kdstore.evaluate.leaks import check_leaks, find_leaks
@@ -79,6 +80,9 @@ def test_a_prediction_file_is_scored_into_a_result_with_its_outcomes(folder: Pat
     assert content["data"]["evaluated"]["num_questions"] == 3
     outcomes = read_outcomes(out, content["outcomes"])
     assert (list(outcomes.item_N), list(outcomes.runs[0].score_N)) == (["1", "2", "3"], [100.0, 0.0, 100.0])
+    said = str(folder / "said.json")
+    evaluate_score(predicted(folder, GIVEN, out=said, metric_version="2021"))
+    assert compare(out, said)["scores"][0]["difference"] == 0  # the default, named
     older = evaluate_score(predicted(folder, GIVEN, metric_version="2016"))
     assert older["rows"][0]["scores"]["overall"] == 100  # 'two' is always made '2'
     assert evaluate_score(predicted(folder, GIVEN, metric="exact"))["rows"][0]["scores"]["overall"] == pytest.approx(100 / 3)

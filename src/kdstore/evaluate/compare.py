@@ -36,7 +36,7 @@ from kdstore.metrics.statistics import (
 from kdstore.progress import OnProgress, silent
 
 RIGHT = 50.0  # percent of the mean over seeds, from which an item counts as answered right
-_NO_PROTOCOL = (*NOT_IN_DIGEST, "cache", "train_cache", "predictions", "name")
+_NO_PROTOCOL = (*NOT_IN_DIGEST, "cache", "train_cache", "predictions", "name", "metric_version")  # the last may be unset: `metric` says which it was
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def _check_paired(a: Side, b: Side) -> None:
     differing = [f"{name}: {a.content.get(name)} and {b.content.get(name)}" for name in ("stage", "metric") if a.content.get(name) != b.content.get(name)]
     if not differing and a.content["config_digest"] != b.content["config_digest"]:
         settings_a, settings_b = ({k: v for k, v in side.content["config"].items() if k not in _NO_PROTOCOL} for side in (a, b))
-        differing.append(f"protocol ({differing_fields(settings_a, settings_b, ('A', 'B'))})")
+        if said := differing_fields(settings_a, settings_b, ("A", "B")):
+            differing.append(f"protocol ({said})")
     if not differing and (said := differing_fields(items_asked(a.content), items_asked(b.content), ("A", "B"))):
         differing.append(f"data ({said})")
     if not differing and any(getattr(a.outcomes, name) != getattr(b.outcomes, name) for name in ("item_N", "kind_N", "group_N")):
