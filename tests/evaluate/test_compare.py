@@ -138,8 +138,9 @@ def test_what_cannot_be_paired_is_refused_with_what_differs(tmp_path: Path) -> N
         compare(a, tmp_path / "old.json")
     with pytest.raises(UnknownName, match=r"row of .* 'modell'"):
         compare(a, a, row_a="modell")
-    with pytest.raises(ConfigError, match="is a folder"):
+    with pytest.raises(ConfigError, match="is a folder") as refused:
         compare(a, a, page=str(tmp_path))
+    assert "--out" not in refused.value.hint  # it was --page
 
 
 @pytest.fixture

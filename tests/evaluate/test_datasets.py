@@ -80,6 +80,10 @@ def test_what_is_missing_is_named_with_the_folder_looked_in(tmp_path: Path) -> N
     (tmp_path / "train.jsonl").write_text('{"image": "gone.png", "question": "what?", "answer": "x"}')
     with pytest.raises(EvaluationError, match=f"No image gone.png in {tmp_path}"):
         open_vqa("jsonl", "train", folder=tmp_path).image(0)
+    (tmp_path / "gone.png").mkdir()
+    for read in ("image", "sha256", "size"):
+        with pytest.raises(EvaluationError, match=r"No image gone.png in .*no file"):
+            getattr(open_vqa("jsonl", "train", folder=tmp_path), read)(0)
     with pytest.raises(UnknownName, match=r"Did you mean scenes"):
         open_vqa("scene", "train")
 

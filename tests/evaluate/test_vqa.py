@@ -158,6 +158,20 @@ def test_finished_rows_are_not_those_of_other_images_with_the_same_questions(mod
     assert len({*plain, *digests("other.png", "plain.png"), *digests("plain.png", "other.png")}) == 3
 
 
+@pytest.mark.parametrize("mode", ["frozen", "full"])
+def test_an_image_that_the_evaluated_split_lacks_is_said_before_any_is_encoded(mode: str, model_folder: Path, tmp_path: Path) -> None:
+    for split, names in (("train", ["a.png"]), ("test", ["b.png", "gone.png"])):
+        Image.new("RGB", (8, 8)).save(tmp_path / names[0])
+        rows = [json.dumps({"image": name, "question": "is it?", "answer": "yes"}) for name in names]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    config = small(model_folder, dataset="jsonl", folder=str(tmp_path), mode=mode, pixels_gib=1e-9, out=str(tmp_path / "r" / "vqa.json"))
+    said: list[str] = []
+    with pytest.raises(EvaluationError, match=r"No image gone\.png"):
+        evaluate_vqa(config, on_progress=lambda stage, *told: said.append(stage))
+    assert set(said) == {"questions"}
+    assert not (tmp_path / "r").exists()
+
+
 def test_an_untrained_twin_reads_images_as_its_model_does_whatever_else_is_to_be_encoded(model_folder: Path) -> None:
     """Preprocessing comes with weights: of SigLIP and MobileCLIP it is another one than that of their architecture without them."""
     config = small(model_folder)

@@ -82,10 +82,10 @@ def check_out(out: str | None) -> None:
         return
     path = Path(out).absolute()
     if path.is_dir():
-        raise ConfigError(f"The result file {out} is a folder.", "Give --out the path of a JSON file.")
+        raise ConfigError(f"The result file {out} is a folder.", "Give the path of a file.")
     nearest = next(parent for parent in path.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"The result file {out} cannot be written: {nearest} is not a folder that can be written to.", "Give --out another path.")
+        raise ConfigError(f"The result file {out} cannot be written: {nearest} is not a folder that can be written to.", "Give another path.")
 
 
 def write_result(out: str | None, content: dict[str, Any], outcomes: Outcomes | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,15 +159,20 @@ def _reader(paths: tuple[Path, ...]) -> Callable[[int], bytes]:
     def read(i: int) -> bytes:
         if _size(paths[i]) > MAX_BYTES:
             raise EvaluationError(f"{paths[i]} is larger than any image that is read ({MAX_BYTES:,} bytes).", _RESTORE)
-        return paths[i].read_bytes()
+        try:
+            return paths[i].read_bytes()
+        except OSError as e:
+            raise EvaluationError(f"Image {paths[i]} cannot be read: {e.strerror}.", "Make it readable, or take its questions out.") from e
 
     return read
 
 
 def _size(path: Path) -> int:
+    hint = "Give the folder that holds the images, as the questions name them."
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError as e:
-        raise EvaluationError(
-            f"No image {path.name} in {path.parent} ({e.strerror}).", "Give the folder that holds the images, as the questions name them."
-        ) from e
+        raise EvaluationError(f"No image {path.name} in {path.parent} ({e.strerror}).", hint) from e
+    if not stat.S_ISREG(found.st_mode):
+        raise EvaluationError(f"No image {path.name} in {path.parent} (it is no file).", hint)
+    return found.st_size
