@@ -1,5 +1,6 @@
 """Rows prepared by threads: all of them, in order, ahead of their use and no further."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,3 +54,10 @@ def test_decoding_threads_are_as_many_as_asked_for_or_as_there_are_cores() -> No
     with decoding_threads("cpu", 3) as pool:
         assert all(future.result() >= 0 for future in [pool.submit(together.wait, 60) for _ in range(3)])
     assert available_cores() >= 1
+
+
+def test_threads_that_decode_for_a_model_on_the_cpu_give_way_to_it() -> None:
+    for device, step in (("cpu", 5), ("cuda", 0)):
+        with decoding_threads(device, 1) as pool:
+            niceness = pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result()
+        assert niceness == min(19, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) + step)

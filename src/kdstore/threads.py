@@ -45,4 +45,5 @@ def batches_ahead(pool: Executor, work: Callable[[int], T], rows: Sequence[int],
 def _give_way() -> None:
     """Leave the cores to the threads of a model on the CPU: they wait for each other, so that one of them held up holds up all."""
     with contextlib.suppress(AttributeError, OSError):  # no such call, or not allowed
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # at 19 they starve where others work too
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + 5)  # 19 more, and they starve where others work too

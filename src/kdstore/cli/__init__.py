@@ -74,7 +74,7 @@ def _run() -> int | None:
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
-        raise Interrupted("Stopped; what was finished is kept.", signum=_terminated[0] if _terminated else signal.SIGINT)
+        raise Interrupted("Stopped; what is on disk is whole.", signum=_terminated[0] if _terminated else signal.SIGINT)
     return code
 
 
