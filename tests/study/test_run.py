@@ -141,7 +141,7 @@ def test_two_runs_at_once_share_the_work(tiny_study, copy_study, taught):
 
 def test_workers_of_a_dask_cluster_do_the_same(tiny_study, copy_study, taught):
     out = copy_study(taught["retrieval"])
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0") as cluster:
         result = run_study(tiny_study.config, out, scheduler=cluster.scheduler_address)
     assert result.complete
     assert result.ran == 1

@@ -150,7 +150,7 @@ def _client(config: ExtractConfig) -> Iterator[Client]:
                 host=LOCAL,
                 n_workers=config.workers,
                 threads_per_worker=1,
-                dashboard_address=None,
+                dashboard_address=f"{LOCAL}:0",  # None is port 8787, and a warning where another run has it
                 silence_logs=logging.CRITICAL,  # a heartbeat that the end of the run cuts off is no fault
                 memory_limit=0,
             )
