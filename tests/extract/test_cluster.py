@@ -114,7 +114,7 @@ def test_processes_of_this_machine_write_the_store_of_one_process(tmp_path, dige
         with suppress(OSError):  # taken already is as good
             other.bind(("127.0.0.1", 8787))
             other.listen()
-        found, said = run("extract", *SETTINGS, "--workers", "2", "--out", "s", folder=tmp_path)
+        found, said = run("extract", *SETTINGS, "--workers", "2", "--out", "s", folder=tmp_path, PYTHONWARNINGS="default")
     assert "8787" not in said  # of a dashboard that nobody asked for
     assert (found["digest"], found["written_images"], found["written_texts"]) == (digest, 160, open_store(tmp_path / "s").num_texts)
     assert found["rates"]["bottleneck"] in ("reading", "model", "writing")
