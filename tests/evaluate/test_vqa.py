@@ -292,7 +292,7 @@ def test_wrong_settings_get_one_clear_line_before_any_work(model_folder: Path, t
     with pytest.raises(UnknownName, match="2020"):
         evaluate_vqa(small(model_folder, metric_version="2020"))
     said: list[str] = []
-    for named, error in (({"model": "none"}, UnknownName), ({"features": "none"}, StoreError)):
+    for named, error in (({"model": "none"}, UnknownName), ({"features": "none"}, StoreError), ({"model": "scenes-S", "device": "none"}, ConfigError)):
         with pytest.raises(error, match="none"):
             evaluate_vqa(VqaConfig(**named), on_progress=lambda *told: said.append(str(told)))  # type: ignore[arg-type]
     assert not said  # no question was read

@@ -50,7 +50,8 @@ class Sight:
 
 
 def check_names(config: VqaConfig) -> None:
-    """Raise what a wrong name of a model or a store raises, before questions are read and weights loaded."""
+    """Raise what a wrong name of a model, a store or a device raises, before questions are read and weights loaded."""
+    pick_device(config.device)
     if config.model is None:
         open_stores(config.stores, _array(config))
     else:
