@@ -53,7 +53,16 @@ def test_decoding_threads_are_as_many_as_asked_for_or_as_there_are_cores() -> No
     together = threading.Barrier(3)
     with decoding_threads("cpu", 3) as pool:
         assert all(future.result() >= 0 for future in [pool.submit(together.wait, 60) for _ in range(3)])
-    assert available_cores() >= 1
+    assert available_cores() == len(os.sched_getaffinity(0)) >= 1
+
+
+def test_the_cores_of_a_thread_are_those_that_it_may_use() -> None:
+    def on_one() -> int:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        return available_cores()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(on_one).result() == 1
 
 
 def test_threads_that_decode_for_a_model_on_the_cpu_give_way_to_it() -> None:

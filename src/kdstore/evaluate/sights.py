@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from kdstore.evaluate.datasets.form import VqaSplit
 from kdstore.evaluate.features import Images, image_features, kept_images
 from kdstore.evaluate.protocol import READS, VqaConfig
 from kdstore.evaluate.results import augmented_notice, model_record, store_record
@@ -88,7 +87,6 @@ def frozen_sights(config: VqaConfig, task: VqaTask, subject: Subject, needed: Se
     live = {seed: model for seed, model in models.items() if model is not None}
     options: dict[str, Any] = {"reads": READS[config.head], "batch": config.encode_batch, "grid": config.grid, "on_progress": on_progress}
     if live:
-        _check_images(splits)
         encoded = [image_features(list(live.values()), split.image, split.num_images, stage=f"encode {split.name}", **options) for split in splits]
         for (seed, model), train_NTW, evaluated_NTW in zip(live.items(), *encoded, strict=True):
             sights[seed] = Sight(kept_images(train_NTW), kept_images(evaluated_NTW), model)
@@ -98,17 +96,9 @@ def frozen_sights(config: VqaConfig, task: VqaTask, subject: Subject, needed: Se
 def tuned_sight(config: VqaConfig, task: VqaTask, subject: Subject, seed: int | None) -> Sight:
     """Return what a head sees through a tower of its own, to be trained with it: the model's (None), or that of an untrained twin."""
     model = _load(config) if seed is None else _untrained(config, subject, seed)
-    _check_images((task.train, task.evaluated))
     tower = ImageTower(model, config.blocks, READS[config.head], config.grid)
     train, evaluated = (tuned_images(tower, split, config.pixels_gib / 2) for split in (task.train, task.evaluated))
     return Sight(train, evaluated, model, tower)
-
-
-def _check_images(splits: Sequence[VqaSplit]) -> None:
-    """Raise EvaluationError if an image is not there: one that the last split lacks is said before hours of encoding the first."""
-    for split in splits:
-        for i in range(split.num_images):
-            split.size(i)
 
 
 def _array(config: VqaConfig) -> str:

@@ -61,6 +61,12 @@ class VqaTask:
         """What the images of both splits are by name and size, wherever their folder lies, and which of them each question is about."""
         return digest_of([_images_of(split) for split in (self.train, self.evaluated)])
 
+    def check_images(self) -> None:
+        """Raise EvaluationError if an image of either split is not there, before hours of encoding those that are."""
+        for split in (self.train, self.evaluated):
+            for i in range(split.num_images):
+                split.size(i)
+
     @functools.cached_property
     def annotations(self) -> list[dict[str, Any]]:
         return [q.annotation() for q in self.evaluated.questions]

@@ -105,6 +105,8 @@ def _trained_rows(config: VqaConfig, task: VqaTask, subject: Subject, on_progres
     rows = [row_of(name, seed, config, task, _identity(name, seed, subject)) for name in names for seed in config.seeds]
     answered = {row: found for row in rows if (found := kept_answers(row, config.out)) is not None}
     missing = [row for row in rows if row not in answered]
+    if missing:
+        task.check_images()
     sights = {} if config.tuned or not missing else frozen_sights(config, task, subject, list(dict.fromkeys(map(_twin, missing))), on_progress)
     for row in missing:
         sight = sights[_twin(row)] if sights else tuned_sight(config, task, subject, _twin(row))
